@@ -1,0 +1,241 @@
+"""Proves a merge against peft: the merged model computes what base and un-merged adapter compute.
+
+Two proofs. On logits: base plus adapter in float32 against the merged float16 weights computed in
+float32, so that nothing but the rounding of the weights separates them. On weights: every merged
+tensor lies within half a float16 step of peft's own float32 merge. A model over `limit_bytes` is
+proven on weights only, layer by layer (`exporter.adapters.layerwise`), and the result says so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch
+
+from exporter.adapters.base import open_base
+from exporter.adapters.layerwise import prove_layers
+from exporter.adapters.recipe import Recipe, open_recipe
+from exporter.adapters.rewrite import write_current
+from exporter.adapters.rounding import check_rounded, perturb
+from exporter.core.errors import InputRefused, ParityFailed, require
+from exporter.core.tensors import Checkpoint, total_bytes
+from exporter.families.table import FAMILIES, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The rounding noise is measured with this many random draws; merged logits may deviate this many
+# times as much as the largest of them (the maximum of another draw of the same size exceeds the
+# largest of three by a few tens of per cent, not fourfold; a wrong scaling does, or the weights show it).
+DRAWS, MARGIN = 3, 4.0
+# Noise below this is float32 arithmetic itself (other order of sums), not the weights' rounding.
+FLOAT32_NOISE = 2e-6
+TEXT_TOKENS = 24
+DEFAULT_LIMIT = 4 << 30
+
+
+class LogitProof(msgspec.Struct, frozen=True):
+    """The result: errors are the largest absolute difference of logits over the largest absolute logit.
+
+    The logit fields are null for `method` 'weights'. `weight_steps` is the largest distance from
+    peft's merge in float16 steps (0.5 is pure rounding).
+    """
+
+    method: str
+    statement: str
+    tensors: int
+    weight_steps: float
+    seed: int
+    logit_error: float | None = None
+    tolerance: float | None = None
+    top1_agreement: float | None = None
+    base_difference: float | None = None
+    positions: int = 0
+    image_tiles: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for canonical JSON."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return found
+
+
+def prove_logits(
+    checkpoint: Path,
+    adapters: Sequence[Path],
+    merged: Path,
+    *,
+    limit_bytes: int = DEFAULT_LIMIT,
+    seed: int = 0,
+) -> LogitProof:
+    """Compare `merged` with `checkpoint` and the un-merged `adapters` in torch and peft.
+
+    `limit_bytes`: largest float32 size of the model for which logits are computed. Raises
+    `ParityFailed` when the merged model is another one or equals the base, `InputRefused` for
+    unacceptable folders, `EnvironmentLacks` without torch, transformers or peft.
+    """
+    for module in ("transformers", "peft"):
+        require(module, "build")
+    if not adapters:
+        raise InputRefused(f"{merged}: nothing to prove without an adapter; expected at least one")
+    recipe = open_recipe(open_base(checkpoint), adapters)
+    stored = Checkpoint.open(merged)
+    if 2 * total_bytes(stored.tensors.values()) > limit_bytes:
+        steps = prove_layers(recipe, stored)
+        return LogitProof(
+            method="weights",
+            statement=f"model larger than {limit_bytes} bytes in float32: weights compared with peft's "
+            "merge layer by layer, logits not computed",
+            tensors=len(stored.tensors),
+            weight_steps=steps,
+            seed=seed,
+        )
+    return _prove_whole(recipe, merged, stored, seed)
+
+
+def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) -> LogitProof:
+    base = recipe.base
+    inputs, tiles = _inputs(base.config, seed)
+    with tempfile.TemporaryDirectory() as work:
+        adapted, reference = _adapter_logits(recipe, Path(work), inputs)
+    steps = check_rounded(reference, stored, base)
+    noise = _rounding_noise(reference, inputs, adapted, seed)
+    tolerance = MARGIN * max(noise, FLOAT32_NOISE)
+    ours = _logits(_load(merged), inputs)
+    error = _difference(ours, adapted)
+    if not error <= tolerance:
+        raise ParityFailed(
+            f"{merged}: merged logits differ from the adapter's by {error:.3g} of the largest; expected "
+            f"at most {tolerance:.3g}, what rounding the weights to float16 explains; report this merge"
+        )
+    plain = _load(base.folder)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(parameter.half().float())
+    moved = _difference(ours, _logits(plain, inputs))
+    if not moved > 0:
+        raise ParityFailed(
+            f"{merged}: merged logits equal the base's; expected the adapter to change them: check that "
+            "the adapter is the trained one"
+        )
+    agreement = float((ours.argmax(-1) == adapted.argmax(-1)).mean())
+    statement = (
+        f"merged logits equal the un-merged adapter's within {tolerance:.2g} (rounding of the weights to "
+        f"float16), and differ from the base's by {moved:.2g}"
+        + ("" if tiles else "; text only: this family has no image path here")
+    )
+    return LogitProof(
+        method="logits",
+        statement=statement,
+        tensors=len(stored.tensors),
+        weight_steps=steps,
+        seed=seed,
+        logit_error=error,
+        tolerance=tolerance,
+        top1_agreement=agreement,
+        base_difference=moved,
+        positions=ours.shape[1],
+        image_tiles=tiles,
+    )
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """The model of a checked folder in float32. Its config was read by `open_base` or written by us."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    loader: Any = AutoModelForImageTextToText if known else AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",
+    )
+    return model.eval()
+
+
+def _adapter_logits(
+    recipe: Recipe, work: Path, inputs: dict[str, torch.Tensor]
+) -> tuple[np.ndarray, PreTrainedModel]:
+    """Logits with the last adapter un-merged (those before it merged by peft), and peft's float32 merge."""
+    from peft import PeftModel
+
+    model: Any = _load(recipe.base.folder)
+    _separate_head(model)
+    logits = np.empty(0)
+    for index, (adapter, plan) in enumerate(recipe.adapters):
+        folder = work / str(index)
+        write_current(adapter, plan, recipe.base, folder)
+        with_adapter = PeftModel.from_pretrained(model, str(folder)).eval()
+        if index + 1 == len(recipe.adapters):
+            logits = _logits(with_adapter, inputs)
+        model = with_adapter.merge_and_unload()
+    return logits, model
+
+
+def _separate_head(model: Any) -> None:
+    # Peft adds an embedding's delta to the shared tensor when it merges, and so to the head, which
+    # the un-merged adapter leaves alone. A head of its own says the same before and is safe after.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _inputs(config: dict[str, Any], seed: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Random tokens, behind two random image tiles where the family has them; and the number of tiles."""
+    generator = np.random.default_rng(seed)
+    text = config.get("text_config") or config
+    image = config.get("image_token_id")
+    allowed = np.setdiff1d(np.arange(int(text["vocab_size"])), [-1 if image is None else image])
+    ids = generator.choice(allowed, TEXT_TOKENS)
+    families = {kind for family in FAMILIES.values() for kind in family.MODEL_TYPES}
+    if config.get("model_type") not in families or image is None:
+        return {"input_ids": torch.from_numpy(ids[None])}, 0
+    tower = family_of(config).tower_spec(config)
+    tiles = 2
+    shape = (1, tiles, 3, tower.image_size, tower.image_size)
+    pixels = generator.uniform(-1, 1, shape).astype(np.float32)
+    ids = np.concatenate([ids[:4], np.full(tiles * tower.tokens, image), ids[4:]])
+    return {
+        "input_ids": torch.from_numpy(ids[None]),
+        "pixel_values": torch.from_numpy(pixels),
+    }, tiles
+
+
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    with torch.inference_mode():
+        found: np.ndarray = model(**inputs, use_cache=False).logits.float().numpy()
+    return found
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def _rounding_noise(
+    reference: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    adapted: np.ndarray,
+    seed: int,
+) -> float:
+    """Largest logit error of `DRAWS` random changes of peft's merge within float16's rounding."""
+    worst = 0.0
+    exact = {name: value.detach().clone() for name, value in reference.named_parameters()}
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(seed * DRAWS + draw + 1)
+        with torch.no_grad():
+            for name, value in reference.named_parameters():
+                value.copy_(perturb(exact[name], generator))
+        worst = max(worst, _difference(_logits(reference, inputs), adapted))
+    return worst

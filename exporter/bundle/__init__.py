@@ -1,0 +1,1 @@
+"""The signed directory that a hospital runs: layout, manifest, signature, check."""

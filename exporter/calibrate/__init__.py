@@ -1,0 +1,1 @@
+"""Calibration sets: read, check, batches, activation statistics."""

@@ -1,0 +1,1 @@
+"""Profiles of models and targets: data files with a schema."""

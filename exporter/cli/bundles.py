@@ -1,0 +1,109 @@
+"""What the deployed side does with a bundle: verify it and run it. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli.console import Console, print_json
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@click.command()
+@BUNDLE
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Public key that must have signed it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def verify(bundle: Path, key: Path | None, as_json: bool) -> None:
+    """Compare every byte of BUNDLE with its manifest, and its signature with a key."""
+    from exporter.bundle.verify import verify_bundle
+
+    console = Console()
+    found = verify_bundle(bundle, key, progress=console.advance)
+    if found.signer:
+        signature = f"signed by key {found.signer}"
+    else:
+        signature = "signed, signature not checked: give --key" if found.signed else "not signed"
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle), "name": found.manifest.name, "digest": found.manifest.digest,
+                "files": found.files, "bytes": found.size, "signed": found.signed, "signer": found.signer,
+            }
+        )  # fmt: skip
+        return
+    click.echo(
+        f"{bundle}: {found.files} files, {found.size / 1e6:.2f} MB, all as packaged; {signature}"
+    )
+    click.echo(f"manifest digest {found.manifest.digest}")
+
+
+@click.command()
+@BUNDLE
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--prompt", help="Default: the bundle's own.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the bundle's own.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Default: the cores this process may use."
+)
+@click.option(
+    "--verify/--no-verify", "check", default=True, help="Check all files first (default)."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def run(
+    bundle: Path, images: tuple[Path, ...], prompt: str | None, max_new_tokens: int | None,
+    threads: int | None, check: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Caption IMAGES with BUNDLE on onnxruntime, without torch and without network."""
+    from exporter.bundle.manifest import read_manifest
+    from exporter.bundle.verify import verify_bundle
+    from exporter.runtimes.images import open_image
+    from exporter.runtimes.ort import OrtCaptioner
+
+    manifest = verify_bundle(bundle).manifest if check else read_manifest(bundle)
+    pictures = [open_image(path) for path in images]
+    captioner = OrtCaptioner(bundle / "model", threads=threads)
+    question = prompt or manifest.usage.prompt
+    length = max_new_tokens or manifest.usage.max_new_tokens
+    rows = []
+    for path, picture in zip(images, pictures, strict=True):
+        caption = captioner.caption(picture, question, length)
+        timing = caption.timing
+        if not as_json:
+            name = f"{path}: " if len(images) > 1 else ""
+            click.echo(name + caption.text + ("" if caption.stopped else "  [cut: length limit]"))
+        rows.append(
+            {
+                "image": str(path), "caption": caption.text, "tokens": list(caption.tokens),
+                "stopped": caption.stopped, "prompt_tokens": caption.prompt_tokens,
+                "seconds": {"first_token": timing.first_token, "total": timing.total},
+            }
+        )  # fmt: skip
+    if as_json:
+        print_json(
+            {
+                "bundle": manifest.name,
+                "digest": manifest.digest,
+                "prompt": question,
+                "results": rows,
+            }
+        )
+
+
+@click.command()
+@click.argument("stem", type=click.Path(path_type=Path))
+def keygen(stem: Path) -> None:
+    """Make a signing key pair: STEM.pem stays with the maker, STEM.pub.pem goes to the sites."""
+    from exporter.bundle.sign import write_keys
+
+    private, public = write_keys(stem)
+    click.echo(f"private key {private} (keep it offline), public key {public}")
+
+
+COMMANDS = (verify, run, keygen)

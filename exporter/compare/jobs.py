@@ -1,0 +1,195 @@
+"""One measured process: what it is asked, what it answers, and how it is started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from exporter.core.artifact import write_atomic
+from exporter.core.data import PACKAGE
+from exporter.core.digest import sha256_json
+from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
+from exporter.core.progress import Progress, silent
+
+LOG_LINES = 12
+Role = Literal["reference", "candidate", "speed"]
+
+
+class JobCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One image to caption; the digest makes a cached result of another image useless."""
+
+    id: str
+    image: str
+    sha256: str
+
+
+class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker does.
+
+    role: "reference" captions, scores its own captions and keeps the logits in `folder`/logits up
+    to `logits_bytes`; "candidate" captions and scores the tokens of the worker in `reference`;
+    "speed" captions only, `repeat` tells one such process from the next.
+    """
+
+    name: str
+    role: Role
+    runtime: str
+    model_dir: str
+    model_sha256: str
+    threads: int
+    prompt: str
+    max_new_tokens: int
+    cases: tuple[JobCase, ...]
+    folder: str
+    reference: str | None = None
+    reference_job: str | None = None
+    logits_bytes: int = 0
+    repeat: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that determines the answer."""
+        return sha256_json(msgspec.to_builtins(self))
+
+
+class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`quality.distribution.TokenScores` of one case as lists."""
+
+    kl: list[float]
+    agree: list[bool]
+    reference_logprob: list[float]
+    candidate_logprob: list[float]
+
+
+class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One caption with its times in seconds; `scores` where logits were compared."""
+
+    id: str
+    text: str
+    tokens: list[int]
+    stopped: bool
+    prompt_tokens: int
+    prepare: float
+    vision: float
+    prefill: float
+    decode: list[float]
+    scores: Scores | None = None
+
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token."""
+        return self.prepare + self.vision + self.prefill
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole caption."""
+        return self.first_token + sum(self.decode)
+
+
+class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a worker measured; memory in bytes, None where the system does not say.
+
+    peak_load and peak_run are peaks of the resident set up to the end of loading and after it;
+    they are one number where the peak cannot be reset (`peak_was_reset` False).
+    """
+
+    job: str
+    load_seconds: float
+    peak_load: int | None
+    peak_run: int | None
+    unique: int | None
+    peak_was_reset: bool
+    versions: dict[str, str]
+    cases: list[CaseResult]
+
+
+def run_job(job: Job, progress: Progress = silent) -> JobResult:
+    """Run `job` in a fresh process, or return its finished result if this very job was done before.
+
+    Raises the worker's own error class, or `EnvironmentLacks` when it was killed, with its last
+    lines.
+    """
+    folder = Path(job.folder)
+    done = folder / "result.json"
+    cached = finished(job)
+    if cached is not None:
+        return cached
+    done.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    request, log = folder / "request.json", folder / "worker.log"
+    write_atomic(request, msgspec.json.encode(job))
+    code = _run(request, log, job.threads, progress, len(job.cases))
+    result = read_result(done) if done.is_file() else None
+    if code != 0 or result is None:
+        raise _explained(job, code, log)
+    return result
+
+
+def finished(job: Job) -> JobResult | None:
+    """The result of an earlier run of this very job, or None."""
+    path = Path(job.folder) / "result.json"
+    result = read_result(path) if path.is_file() else None
+    return result if result is not None and result.job == job.digest else None
+
+
+def read_result(path: Path) -> JobResult | None:
+    """A finished result; None when the file is of another version or damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=JobResult)
+    except msgspec.DecodeError:
+        return None
+
+
+def _run(request: Path, log: Path, threads: int, progress: Progress, total: int) -> int:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "exporter.compare.worker", str(request)]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            # The worker prints one line per case; if we die, its next line breaks the pipe and it ends.
+            for done, line in enumerate(process.stdout, 1):
+                progress(min(done, total), total, line.strip())
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _explained(job: Job, code: int, log: Path) -> MedexportError:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = " | ".join(line.strip() for line in lines[-LOG_LINES:]) or "it printed nothing"
+    what = f"the {job.role} process of '{job.name}'"
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; was memory short?" if code == -signal.SIGKILL else ""
+        return EnvironmentLacks(
+            f"{what} was ended by {name}{hint} Run the same command again to go on; last lines: {last}"
+        )
+    for kind in (InputRefused, EnvironmentLacks):
+        if code == kind.exit_code:
+            return kind(f"{what}: {lines[-1] if lines else last}")
+    return MedexportError(
+        f"{what} failed with code {code}, expected 0; see {log}; last lines: {last}"
+    )

@@ -1,0 +1,34 @@
+"""The figures of the comparison by name: what `medexport metrics` lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure; `better` is "lower", "higher" or what it should be near to."""
+
+    name: str
+    unit: str
+    better: str
+    what: str
+
+
+METRICS = (
+    Metric("bytes", "byte", "lower", "size on disk, by part"),
+    Metric("first_token", "ms", "lower", "preparation, vision and prefill; median"),
+    Metric("tokens_per_second", "1/s", "higher", "1 / median time per output token"),
+    Metric("total", "ms", "lower", "whole caption; median, p90 from 64 runs"),
+    Metric("peak", "byte", "lower", "peak resident memory of a process that only captions"),
+    Metric("unique", "byte", "lower", "memory that the process shares with none (USS)"),
+    Metric("rouge1", "0..1", "higher", "ROUGE-1 F against the ground-truth caption"),
+    Metric("facts_right", "0..1", "higher", "share of the ground truth's clinical facts stated"),
+    Metric("facts_precision", "0..1", "higher", "share of the stated facts that are true"),
+    Metric("flips", "images", "lower", "images with a fact turned over against the reference"),
+    Metric("kl", "nat", "lower", "KL(reference || candidate) per token, on the reference's text"),
+    Metric("top1_agreement", "0..1", "higher", "tokens with the same most likely next token"),
+    Metric("perplexity_ratio", "1", "near 1", "perplexity of the reference's text, candidate/own"),
+    Metric("first_divergent", "token", "higher", "median first different token of greedy captions"),
+    Metric("length", "1", "near 1", "generated tokens against the reference's"),
+)

@@ -1,0 +1,1 @@
+"""Measures of what a caption says: words, clinical facts, distributions."""

@@ -1,0 +1,175 @@
+"""The measured process: ``python -m exporter.compare.worker request.json``.
+
+One model, one process: its memory is its own, and nothing of another candidate is warm.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.compare.jobs import CaseResult, Job, JobCase, JobResult, Scores, read_result
+from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
+from exporter.compare.quality.distribution import compare_logits
+from exporter.core.artifact import need_space, write_atomic
+from exporter.core.errors import InputRefused, MedexportError
+from exporter.runtimes.base import Caption, Captioner
+from exporter.runtimes.images import open_image
+
+LIBRARIES = {"ort": ("onnxruntime", "numpy"), "torch": ("torch", "transformers", "numpy")}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the request in the file named by the one argument; returns the exit code."""
+    try:
+        job = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Job)
+        run(job)
+    except MedexportError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def run(job: Job) -> None:
+    """Load, warm up, caption and score every case, and write `folder`/result.json in one rename."""
+    start = perf_counter()
+    captioner = open_captioner(job.runtime, Path(job.model_dir), job.threads)
+    load_seconds = perf_counter() - start
+    _caption(captioner, job, job.cases[0])
+    peak_load, reset = peak_rss(), reset_peak()
+    spill = _Spill(Path(job.folder) / "logits", job.logits_bytes)
+    tokens = _reference_tokens(job)
+    cases: list[CaseResult] = []
+    for case in job.cases:
+        caption = _caption(captioner, job, case)
+        scores = None
+        if job.role == "reference":
+            spill.keep(len(cases), _score(captioner, job, case, caption.tokens))
+        elif job.role == "candidate":
+            scores = _compare(captioner, job, case, tokens[case.id], len(cases))
+        cases.append(_result(case, caption, scores))
+        sys.stdout.write(f"{case.id}\n")
+        sys.stdout.flush()
+    result = JobResult(
+        job=job.digest,
+        load_seconds=load_seconds,
+        peak_load=peak_load,
+        peak_run=peak_rss(),
+        unique=unique_bytes(),
+        peak_was_reset=reset,
+        versions=_versions(job.runtime),
+        cases=cases,
+    )
+    write_atomic(Path(job.folder) / "result.json", msgspec.json.encode(result))
+
+
+def open_captioner(runtime: str, model_dir: Path, threads: int) -> Captioner:
+    """The runtime of that name with the model loaded. Raises `InputRefused` for another name."""
+    if runtime == "ort":
+        from exporter.runtimes.ort import OrtCaptioner
+
+        return OrtCaptioner(model_dir, threads=threads)
+    if runtime == "torch":
+        from exporter.runtimes.torch_reference import TorchCaptioner
+
+        return TorchCaptioner(model_dir, threads=threads)
+    raise InputRefused(f"runtime '{runtime}' is unknown; expected ort or torch")
+
+
+class _Spill:
+    """Keeps the reference's logits on disk, one .npy per case, until the budget is used."""
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self._folder, self._left = folder, budget
+
+    def keep(self, index: int, logits: NDArray[np.float32]) -> None:
+        if logits.nbytes > self._left:
+            # From here on nothing is kept, so that what is scored does not depend on caption length.
+            self._left = 0
+            return
+        self._left -= logits.nbytes
+        self._folder.mkdir(parents=True, exist_ok=True)
+        need_space(self._folder, logits.nbytes)
+        np.save(_logits_path(self._folder.parent, index), logits)
+
+
+def _logits_path(folder: Path, index: int) -> Path:
+    return folder / "logits" / f"{index:06d}.npy"
+
+
+def _reference_tokens(job: Job) -> dict[str, list[int]]:
+    if job.role != "candidate":
+        return {}
+    result = read_result(Path(job.reference or "") / "result.json")
+    if result is None or [c.id for c in result.cases] != [c.id for c in job.cases]:
+        raise InputRefused(
+            f"{job.reference}: not the reference's result for these cases; remove the work folder"
+        )
+    return {c.id: c.tokens for c in result.cases}
+
+
+def _caption(captioner: Captioner, job: Job, case: JobCase) -> Caption:
+    return captioner.caption(open_image(Path(case.image)), job.prompt, job.max_new_tokens)
+
+
+def _score(
+    captioner: Captioner, job: Job, case: JobCase, tokens: Sequence[int]
+) -> NDArray[np.float32]:
+    return captioner.score(open_image(Path(case.image)), job.prompt, tokens)
+
+
+def _compare(
+    captioner: Captioner, job: Job, case: JobCase, tokens: Sequence[int], index: int
+) -> Scores | None:
+    path = _logits_path(Path(job.reference or ""), index)
+    if not path.is_file():
+        return None
+    own = _score(captioner, job, case, tokens)
+    try:
+        scores = compare_logits(np.load(path, allow_pickle=False), own, tokens)
+    except ValueError as error:
+        raise InputRefused(f"'{job.name}' on {case.id}: {error}") from error
+    return Scores(
+        kl=scores.kl.tolist(),
+        agree=scores.agree.tolist(),
+        reference_logprob=scores.reference_logprob.tolist(),
+        candidate_logprob=scores.candidate_logprob.tolist(),
+    )
+
+
+def _result(case: JobCase, caption: Caption, scores: Scores | None) -> CaseResult:
+    timing = caption.timing
+    return CaseResult(
+        id=case.id,
+        text=caption.text,
+        tokens=list(caption.tokens),
+        stopped=caption.stopped,
+        prompt_tokens=caption.prompt_tokens,
+        prepare=timing.prepare,
+        vision=timing.vision,
+        prefill=timing.prefill,
+        decode=list(timing.decode),
+        scores=scores,
+    )
+
+
+def _versions(runtime: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES[runtime]:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Artifacts, digests, tensors, errors and progress; imports nothing else of ours."""

@@ -1,0 +1,24 @@
+"""The families there are. A new family is one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from exporter.core.errors import InputRefused
+from exporter.families import idefics3
+from exporter.families.base import Family
+
+FAMILIES: dict[str, Family] = {"idefics3": cast(Family, idefics3)}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a parsed config.json by its model_type. Raises `InputRefused` when unknown."""
+    kind = config.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.MODEL_TYPES:
+            return family
+    known = sorted(t for f in FAMILIES.values() for t in f.MODEL_TYPES)
+    raise InputRefused(
+        f"config.json: model_type {kind!r} is of no known family; known: {', '.join(known)}"
+    )

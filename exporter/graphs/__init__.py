@@ -1,0 +1,1 @@
+"""ONNX graphs, constructed from specs and streamed weights; nothing is traced."""

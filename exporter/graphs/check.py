@@ -1,0 +1,128 @@
+"""Runs each exported graph once: a graph that is valid on paper can still fail or give NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from exporter.core.errors import InputRefused, ParityFailed
+from exporter.core.modelfiles import read_config
+from exporter.families.base import DecoderSpec, TowerSpec
+from exporter.families.table import family_of
+from exporter.graphs import decoder, embedding, tower
+from exporter.graphs.writer import MICROSOFT
+
+Feed = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class GraphCheck:
+    """One graph: its operators with how often each occurs, and the output shapes that were run."""
+
+    name: str
+    operators: dict[str, int]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def check_graphs(model_dir: Path) -> tuple[GraphCheck, ...]:
+    """Check the files of an exported ``model/`` folder and run each graph at two shapes.
+
+    Raises `InputRefused` when a file is missing, a link or points outside, `ParityFailed` when a
+    graph does not load, does not run, or gives a value that is not finite.
+    """
+    config = read_config(model_dir / "config.json")
+    family = family_of(config)
+    text, vision = family.decoder_spec(config), family.tower_spec(config)
+    feeds = {
+        tower.NAME: _tower_feeds(vision),
+        embedding.NAME: _embedding_feeds(text),
+        decoder.NAME: _decoder_feeds(text),
+    }
+    return tuple(_check(model_dir / "onnx" / f"{n}.onnx", f) for n, f in feeds.items())
+
+
+def _check(path: Path, feeds: Iterator[Feed]) -> GraphCheck:
+    operators = _read_structure(path)
+    options = ort.SessionOptions()
+    # Two short runs: threads that wait by spinning would only take time from others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise ParityFailed(f"{path}: onnxruntime does not load it: {error}") from error
+    shapes = []
+    for feed in feeds:
+        try:
+            outputs = session.run(None, feed)
+        except Exception as error:
+            raise ParityFailed(f"{path}: onnxruntime does not run it: {error}") from error
+        for info, value in zip(session.get_outputs(), outputs, strict=True):
+            if not np.isfinite(value).all():
+                raise ParityFailed(f"{path}: output '{info.name}' is not finite on random inputs")
+        shapes.append(tuple(outputs[0].shape))
+    return GraphCheck(path.stem, operators, tuple(shapes))
+
+
+def _read_structure(path: Path) -> dict[str, int]:
+    if not path.is_file() or path.is_symlink():
+        raise InputRefused(f"{path}: no regular file; export the model again")
+    model = onnx.load_model(path, load_external_data=False)
+    domains = {o.domain for o in model.opset_import}
+    if domains != {"", MICROSOFT}:
+        raise InputRefused(f"{path}: operator sets {sorted(domains)}; expected '' and {MICROSOFT}")
+    for tensor in model.graph.initializer:
+        _check_external(path, tensor)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
+    place = {e.key: e.value for e in tensor.external_data}
+    if not place:
+        return
+    data = path.parent / place.get("location", "")
+    if place.get("location") != f"{path.name}_data" or data.is_symlink() or not data.is_file():
+        raise InputRefused(
+            f"{path}: weight '{tensor.name}' lies in {place.get('location')!r}; expected the regular "
+            f"file {path.name}_data"
+        )
+    if int(place["offset"]) + int(place["length"]) > data.stat().st_size:
+        raise InputRefused(f"{data}: too short for weight '{tensor.name}'; export the model again")
+
+
+def _tower_feeds(spec: TowerSpec) -> Iterator[Feed]:
+    rng = np.random.default_rng(0)
+    for batch, tiles in ((1, 1), (2, 1)):
+        shape = (batch, tiles, 3, spec.image_size, spec.image_size)
+        yield {"pixel_values": rng.uniform(-1, 1, shape).astype(np.float32)}
+
+
+def _embedding_feeds(spec: DecoderSpec) -> Iterator[Feed]:
+    last = spec.vocab_size - 1
+    yield {"input_ids": np.array([[0, last]], np.int64)}
+    yield {"input_ids": np.array([[0, last, last // 2], [last // 3, 0, last]], np.int64)}
+
+
+def _decoder_feeds(spec: DecoderSpec) -> Iterator[Feed]:
+    rng = np.random.default_rng(0)
+    for batch, length, past, keep in ((1, 5, 0, 1), (2, 1, 3, 0)):
+        feed: Feed = {
+            "inputs_embeds": rng.standard_normal((batch, length, spec.hidden_size), np.float32),
+            "attention_mask": np.ones((batch, past + length), np.int64),
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
+        for layer in range(spec.layers):
+            for part in ("key", "value"):
+                feed[f"past_key_values.{layer}.{part}"] = rng.standard_normal(
+                    (batch, spec.kv_heads, past, spec.head_dim), np.float32
+                )
+        yield feed

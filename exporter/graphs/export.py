@@ -1,0 +1,86 @@
+"""One model folder in, the three graphs and the small files out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from exporter.core.artifact import need_space, write_atomic
+from exporter.core.digest import canonical_json
+from exporter.core.modelfiles import copy_small_files, read_config
+from exporter.core.progress import Progress, silent
+from exporter.families.table import family_of
+from exporter.graphs.decoder import DecoderOptions, write_decoder
+from exporter.graphs.embedding import write_embedding
+from exporter.graphs.readers import complete_for_readers
+from exporter.graphs.tower import write_tower
+from exporter.graphs.weights import FloatStorage, WeightSource
+from exporter.graphs.writer import OPSET, WrittenGraph
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. `bits`: per tensor of the source (32, 16, 8 or 4); `unused`: why not written."""
+
+    dialect: str
+    float_storage: str
+    accuracy_level: int
+    tower_accuracy_level: int
+    opset: int
+    parts: tuple[WrittenGraph, ...]
+    bits: Mapping[str, int]
+    unused: Mapping[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all graph and data files."""
+        return sum(p.graph_bytes + p.data_bytes for p in self.parts)
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    *,
+    float_storage: FloatStorage = "float16",
+    accuracy_level: int = 4,
+    tower_accuracy_level: int = 0,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Write ``model/`` (small files, ``onnx/``) and ``export.json`` into the existing folder `out`.
+
+    `source` is a merged or quantized folder. Float matrices are kept as `float_storage`, packed
+    ones as they are; the accuracy levels of decoder and tower are MatMulNBits' (0 computes in
+    float32, 4 in int8: several times faster where one row meets a matrix, which is decoding). Each
+    tensor of the source is used exactly once (a tied embedding twice) or the export fails.
+    Raises `InputRefused` for a bad source, `EnvironmentLacks` when the disk is too small.
+    """
+    config = read_config(source / "config.json")
+    family = family_of(config)
+    decoder, tower = family.decoder_spec(config), family.tower_spec(config)
+    weights = WeightSource(source, float_storage, progress)
+    need_space(out, weights.graph_bytes())
+    model = out / "model"
+    onnx = model / "onnx"
+    onnx.mkdir(parents=True)
+    parts = (
+        write_tower(onnx, tower, weights, tower_accuracy_level),
+        write_embedding(onnx, decoder, weights),
+        write_decoder(onnx, decoder, weights, DecoderOptions(accuracy_level)),
+    )
+    report = ExportReport(
+        dialect="ort",
+        float_storage=float_storage,
+        accuracy_level=accuracy_level,
+        tower_accuracy_level=tower_accuracy_level,
+        opset=OPSET,
+        parts=parts,
+        bits=weights.bits,
+        unused=weights.finish(),
+    )
+    copy_small_files(source, model)
+    complete_for_readers(model, parts)
+    write_atomic(out / "export.json", canonical_json({"schema": SCHEMA, **asdict(report)}))
+    return report

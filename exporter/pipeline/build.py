@@ -1,0 +1,275 @@
+"""`medexport build`: resolve, merge, quantize, export, verify, compare, package, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.bundle.manifest import Lineage, Manifest, Source, Usage
+from exporter.bundle.package import BundleParts
+from exporter.bundle.package import package as write_bundle
+from exporter.catalog.schema import TargetProfile
+from exporter.core.artifact import atomic_directory
+from exporter.core.errors import InputRefused
+from exporter.pipeline import stages as do
+from exporter.pipeline.request import BuildRequest
+from exporter.pipeline.resolve import Resolved, resolve
+from exporter.pipeline.stage import Artifact, Reporter, Stages
+from exporter.pipeline.targets import choose_target
+from exporter.pipeline.tools import tool_versions
+from exporter.quantizers.run import quantize_model
+from exporter.quantizers.schemes import Scheme, find_scheme
+from exporter.runtimes.threads import usable_cores
+
+if TYPE_CHECKING:
+    from exporter.compare.compare import Comparison
+
+STAGES = 9
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle and what is known about it."""
+
+    bundle: Path
+    work: Path
+    manifest: Manifest
+    comparison: Comparison | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `medexport build --json`."""
+        return {
+            "bundle": str(self.bundle),
+            "digest": self.manifest.digest,
+            "scheme": self.manifest.scheme,
+            "target": self.manifest.target,
+            "checks": self.manifest.checks,
+            "comparison": self.comparison.to_json() if self.comparison else None,
+        }
+
+    def to_text(self) -> str:
+        """The comparison table and where the bundle lies."""
+        from exporter.compare.table import comparison_table
+
+        table = comparison_table(self.comparison) + "\n" if self.comparison else ""
+        return (
+            f"\n{table}\nbundle   {self.bundle}\ndigest   {self.manifest.digest}\n"
+            f"checks   {self.manifest.checks}\n{self.manifest.statement}\n"
+            f"next     medexport run {self.bundle} IMAGE; stages are kept in {self.work}"
+        )
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One build under way: the request and what was resolved from it."""
+
+    request: BuildRequest
+    found: Resolved
+    target: TargetProfile
+    schemes: Mapping[str, Scheme]
+    stages: Stages
+    evaluation: do.Evaluation | None
+
+    @property
+    def prompt(self) -> str:
+        return self.request.prompt or self.found.profile.prompts.default
+
+    @property
+    def threads(self) -> int:
+        return self.request.threads or usable_cores()
+
+
+def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """Do what `request` asks and leave the bundle at its `out`.
+
+    Everything that can be refused is refused before the first heavy stage. Raises the errors of
+    core.errors; finished stages stay in the work folder and the next run continues from them.
+    """
+    if request.out.exists():
+        raise InputRefused(f"output folder exists: {request.out}; remove it or give another --out")
+    target = choose_target(request.target)
+    reporter.begin("resolve", request.model)
+    found = resolve(request.model, request.weights, request.adapters, offline=request.offline)
+    names = dict.fromkeys((request.scheme, *request.also))
+    schemes = {n: find_scheme(found.profile.schemes.get(n, n)) for n in names}
+    evaluation = _evaluation(request, found) if request.compare else None
+    reporter.end(
+        0.0, cached=False, note=f"{found.tensors} tensors, {found.weight_bytes / 1e6:.1f} MB"
+    )
+    request.work_folder.mkdir(parents=True, exist_ok=True)
+    stages = Stages(request.work_folder, reporter, request.resume)
+    return _run(_Build(request, found, target, schemes, stages, evaluation))
+
+
+def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
+    return do.open_evaluation(
+        request.evaluation or found.profile.evaluation,
+        limit=request.limit,
+        prompt=request.prompt or found.profile.prompts.default,
+        max_new_tokens=found.profile.max_new_tokens,
+        threads=request.threads,
+    )
+
+
+def _run(b: _Build) -> BuildResult:
+    merged = _merge(b)
+    quantized = {name: _quantize(b, merged, scheme) for name, scheme in b.schemes.items()}
+    exported = {name: _export(b, q, b.schemes[name].name) for name, q in quantized.items()}
+    parity = comparison = None
+    if b.evaluation:
+        reference = _export(b, merged, do.REFERENCE)
+        fp32 = _export(b, merged, "fp32")
+        parity = _parity(b, b.evaluation, merged, fp32, _pairs(b, quantized, exported))
+        comparison = _compare(b, b.evaluation, reference, exported)
+    return _package(b, exported[b.request.scheme], parity, comparison)
+
+
+def _merge(b: _Build) -> Artifact:
+    adapters = [a.path for a in b.found.adapters]
+    return b.stages.run(
+        "merge",
+        lambda folder, p: do.merge_and_prove(b.found.base.path, adapters, folder, progress=p),
+        version=1,
+        parents=[b.found.base.digest, *(a.digest for a in b.found.adapters)],
+        options={},
+        detail=f"{len(adapters)} adapter(s)",
+    )
+
+
+def _quantize(b: _Build, merged: Artifact, scheme: Scheme) -> Artifact:
+    if not scheme.quantizes:
+        return merged
+    return b.stages.run(
+        "quantize",
+        lambda folder, p: quantize_model(
+            merged.path, folder, scheme, threads=b.threads, progress=p
+        ),
+        version=1,
+        parents=[merged.key],
+        options={"scheme": repr(scheme)},
+        detail=scheme.name,
+    )
+
+
+def _export(b: _Build, source: Artifact, name: str) -> Artifact:
+    level = b.target.accuracy_level
+    return b.stages.run(
+        "export",
+        lambda folder, p: do.export_folder(
+            source.path, folder, accuracy_level=level, float32=name == "fp32", progress=p
+        ),
+        version=1,
+        parents=[source.key],
+        options={"fp32": name == "fp32", "accuracy_level": level, "dialect": "ort"},
+        detail=name,
+    )
+
+
+def _pairs(
+    b: _Build, quantized: Mapping[str, Artifact], exported: Mapping[str, Artifact]
+) -> dict[str, tuple[Artifact, Artifact]]:
+    return {
+        b.schemes[n].name: (quantized[n], exported[n]) for n in quantized if b.schemes[n].quantizes
+    }
+
+
+def _parity(
+    b: _Build,
+    evaluation: do.Evaluation,
+    merged: Artifact,
+    fp32: Artifact,
+    pairs: Mapping[str, tuple[Artifact, Artifact]],
+) -> Artifact:
+    folders = {
+        name: (quantized.path, exported.path) for name, (quantized, exported) in pairs.items()
+    }
+    return b.stages.run(
+        "verify",
+        lambda folder, p: do.check_graphs_against_torch(
+            merged.path, fp32.path, folders, folder, evaluation, progress=p
+        ),
+        version=1,
+        parents=[merged.key, fp32.key, *(exported.key for _, exported in pairs.values())],
+        options=_options(evaluation),
+        detail="graphs against torch",
+    )
+
+
+def _compare(
+    b: _Build, evaluation: do.Evaluation, reference: Artifact, exported: Mapping[str, Artifact]
+) -> Artifact:
+    rows = {b.schemes[n].name: e for n, e in exported.items() if e.key != reference.key}
+    return b.stages.run(
+        "compare",
+        lambda folder, p: do.compare_exported(
+            reference.path,
+            {name: artifact.path for name, artifact in rows.items()},
+            folder,
+            evaluation,
+            lineage=b.found.summary() | {"target": b.target.name},
+            progress=p,
+        ),
+        version=1,
+        parents=[reference.key, *(artifact.key for artifact in rows.values())],
+        options=_options(evaluation),
+        detail=f"{', '.join(rows) or 'the reference alone'} with fp16",
+    )
+
+
+def _options(evaluation: do.Evaluation) -> dict[str, Any]:
+    return {
+        "set": evaluation.images.digest,
+        "cases": [c.id for c in evaluation.cases],
+        "prompt": evaluation.prompt,
+        "tokens": evaluation.max_new_tokens,
+        "threads": evaluation.threads,
+    }
+
+
+def _package(
+    b: _Build, exported: Artifact, parity: Artifact | None, comparison: Artifact | None
+) -> BuildResult:
+    request, reporter = b.request, b.stages.reporter
+    reports, checks = do.collect_reports(
+        parity.path if parity else None, comparison.path if comparison else None
+    )
+    parts = BundleParts(
+        name=request.out.name,
+        exported=exported.path,
+        scheme=b.schemes[request.scheme].name,
+        target=b.target.name,
+        usage=Usage(
+            family=b.found.family,
+            prompt=b.prompt,
+            max_new_tokens=b.found.profile.max_new_tokens,
+        ),
+        lineage=_lineage(b),
+        tools=tool_versions(),
+        checks=checks,
+        statement=do.statement(b.found.profile.name, checks),
+        reports=reports,
+    )
+    reporter.begin("package", str(request.out))
+    with atomic_directory(request.out) as folder:
+        manifest = write_bundle(folder, parts, request.sign_key)
+    reporter.end(0.0, cached=False, note=f"{len(manifest.files)} files")
+    result = None
+    if comparison:
+        from exporter.compare.compare import read_comparison
+
+        result = read_comparison(comparison.path / do.COMPARISON)
+    return BuildResult(request.out, request.work_folder, manifest, result)
+
+
+def _lineage(b: _Build) -> Lineage:
+    evaluation = None
+    if b.evaluation:
+        images, cases = b.evaluation.images, len(b.evaluation.cases)
+        evaluation = Source(name=images.name, sha256=images.digest, details={"cases": cases})
+    return Lineage(
+        base=do.base_source(b.found.profile, b.found.base.digest),
+        adapters=tuple(Source(name=a.name, sha256=a.digest) for a in b.found.adapters),
+        evaluation=evaluation,
+    )

@@ -1,0 +1,60 @@
+"""What this machine has: for `medexport doctor` and for error messages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from exporter.pipeline.targets import cpu_flags, this_machine
+from exporter.pipeline.tools import tool_versions
+from exporter.runtimes.threads import usable_cores
+
+# Modules that an extra of pyproject.toml brings, and what they are for.
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
+    "build": (("torch", "transformers", "peft", "onnx"), "merge, export, parity, compare"),
+    "sign": (("cryptography",), "keygen, signing and checking signatures"),
+    "gpu": (("onnxruntime",), "onnxruntime with CUDA (replaces the CPU package)"),
+    "tensorrt": (("tensorrt", "polygraphy"), "TensorRT engines; not run on hardware so far"),
+    "dicom": (("pydicom",), "DICOM images"),
+}
+INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+def examine() -> dict[str, Any]:
+    """Findings as a JSON-able mapping with `machine`, `tools`, `providers` and `extras`."""
+    import onnxruntime
+
+    providers = list(onnxruntime.get_available_providers())
+    flags = [f for f in INTERESTING if f in cpu_flags()]
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "target": this_machine(),
+        "processor features": " ".join(flags) or "none listed",
+        "usable cores": usable_cores(),
+        "memory": f"{_memory() / 1e9:.1f} GB",
+        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
+        "onnxruntime providers": ", ".join(providers),
+        "GPU": "CUDA provider present" if "CUDAExecutionProvider" in providers else "none usable",
+    }
+    return {
+        "machine": machine,
+        "tools": tool_versions(),
+        "providers": providers,
+        "extras": [_extra(name, *row, providers) for name, row in EXTRAS.items()],
+    }
+
+
+def _extra(name: str, modules: tuple[str, ...], adds: str, providers: list[str]) -> dict[str, Any]:
+    missing = [m for m in modules if find_spec(m) is None]
+    if name == "gpu" and "CUDAExecutionProvider" not in providers:
+        missing = ["onnxruntime-gpu"]
+    return {"extra": name, "missing": missing, "adds": adds}
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,38 @@
+"""What the user asks for, before anything is looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Arguments of `medexport build`.
+
+    `also` names further schemes that are built and compared but not packaged; `limit` bounds the
+    number of evaluation cases (0: all); `compare` False leaves parity and comparison out, which the
+    bundle then says.
+    """
+
+    model: str
+    scheme: str
+    out: Path
+    weights: Path | None = None
+    adapters: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    target: str = "auto"
+    evaluation: str | None = None
+    prompt: str | None = None
+    work: Path | None = None
+    offline: bool = False
+    resume: bool = True
+    threads: int | None = None
+    limit: int = 0
+    compare: bool = True
+    sign_key: Path | None = None
+
+    @property
+    def work_folder(self) -> Path:
+        """Where the stages' artifacts lie: beside the bundle unless told otherwise."""
+        return self.work or self.out.with_name(f"{self.out.name}.work")

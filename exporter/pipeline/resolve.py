@@ -1,0 +1,152 @@
+"""The first stage: which model, which files, which digests. Nothing heavy happens before it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from exporter.catalog.check import check_config
+from exporter.catalog.profiles import find_model
+from exporter.catalog.schema import Facts, ModelProfile, Prompts
+from exporter.core.data import data_root
+from exporter.core.digest import sha256_tree
+from exporter.core.errors import EnvironmentLacks, InputRefused, WrongUsage, require
+from exporter.core.modelfiles import SMALL_FILES, read_config
+from exporter.core.tensors import Checkpoint, total_bytes
+from exporter.families.table import FAMILIES, family_of
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+GENERIC_PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """A folder with the digest of its content."""
+
+    name: str
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Everything known before the first heavy step."""
+
+    profile: ModelProfile
+    base: ResolvedSource
+    adapters: tuple[ResolvedSource, ...]
+    family: str
+    tensors: int
+    weight_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """A JSON-able form for `medexport resolve` and the reports."""
+        return {
+            "model": self.profile.name,
+            "title": self.profile.title,
+            "profile": msgspec.to_builtins(self.profile),
+            "family": self.family,
+            "base": {k: str(v) for k, v in asdict(self.base).items()},
+            "adapters": [{k: str(v) for k, v in asdict(a).items()} for a in self.adapters],
+            "tensors": self.tensors,
+            "weight_bytes": self.weight_bytes,
+        }
+
+
+def resolve(
+    model: str, weights: Path | None, adapters: Sequence[str], *, offline: bool
+) -> Resolved:
+    """Find the profile, the checkpoint and the adapters; check the headers; digest the content.
+
+    `model` is a profile's name, a profile file or a model folder. Without `weights` the checkpoint
+    is the built-in one, or the hub's (the only network access there is, and none when `offline`).
+    Raises `WrongUsage`, `InputRefused` or `EnvironmentLacks`.
+    """
+    profile = _folder_profile(Path(model)) if _is_model_folder(model) else find_model(model)
+    base = weights or (Path(model) if _is_model_folder(model) else _own_weights(profile, offline))
+    if not base.is_dir():
+        raise InputRefused(f"{base}: no such folder; expected a model folder with safetensors")
+    config = read_config(base / "config.json")
+    check_config(profile, config)
+    family = family_of(config)
+    name = next(n for n, f in FAMILIES.items() if f is family)
+    checkpoint = Checkpoint.open(base)
+    folders = [_adapter_folder(profile, a) for a in adapters]
+    return Resolved(
+        profile=profile,
+        base=ResolvedSource(profile.name, base, digest_model(base, checkpoint)),
+        adapters=tuple(ResolvedSource(a.name, a, sha256_tree(a)) for a in folders),
+        family=name,
+        tensors=len(checkpoint.tensors),
+        weight_bytes=total_bytes(checkpoint.tensors.values()),
+    )
+
+
+def digest_model(folder: Path, checkpoint: Checkpoint) -> str:
+    """Digest over a model folder's small files and weight files; other files do not count."""
+    from exporter.core.digest import sha256_file, sha256_json
+
+    names = [n for n in SMALL_FILES if (folder / n).is_file()]
+    weights = sorted({info.file.name for info in checkpoint.tensors.values()})
+    return sha256_json({n: sha256_file(folder / n) for n in (*names, *weights)})
+
+
+def _is_model_folder(model: str) -> bool:
+    return (Path(model) / "config.json").is_file()
+
+
+def _folder_profile(folder: Path) -> ModelProfile:
+    config = read_config(folder / "config.json")
+    family = family_of(config)
+    name = next(n for n, f in FAMILIES.items() if f is family)
+    architectures = config.get("architectures") or [""]
+    return ModelProfile(
+        name=folder.resolve().name,
+        title=f"model folder {folder.resolve().name}",
+        family=name,
+        prompts=Prompts(default=GENERIC_PROMPT),
+        max_new_tokens=128,
+        facts=Facts(architecture=str(architectures[0]), model_type=str(config.get("model_type"))),
+    )
+
+
+def _own_weights(profile: ModelProfile, offline: bool) -> Path:
+    if profile.builtin:
+        return data_root("profiles") / profile.builtin.model
+    if profile.hub is None:
+        raise WrongUsage(f"profile '{profile.name}' names no hub repository; give --weights DIR")
+    require("huggingface_hub", "build")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                profile.hub.id,
+                revision=profile.hub.revision,
+                allow_patterns=HUB_PATTERNS,
+                local_files_only=offline,
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen kinds for "not reachable"
+        why = "not in the local cache, and --offline was given" if offline else type(error).__name__
+        raise EnvironmentLacks(
+            f"{profile.hub.id}: no weights ({why}); download the repository where there is a "
+            "network and give --weights DIR"
+        ) from error
+
+
+def _adapter_folder(profile: ModelProfile, name: str) -> Path:
+    if profile.builtin and name in profile.builtin.adapters and not Path(name).exists():
+        return data_root("profiles") / profile.builtin.adapters[name]
+    folder = Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        built_in = sorted(profile.builtin.adapters) if profile.builtin else []
+        known = f" or one of the built-in: {', '.join(built_in)}" if built_in else ""
+        raise InputRefused(
+            f"adapter {name}: no adapter_config.json there; expected a peft adapter folder{known}"
+        )
+    return folder

@@ -1,0 +1,44 @@
+"""Which target profile fits this machine."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from exporter.catalog.profiles import find_target
+from exporter.catalog.schema import TargetProfile
+from exporter.core.errors import EnvironmentLacks
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def choose_target(name: str) -> TargetProfile:
+    """The target called `name`; ``auto`` reads this machine's processor.
+
+    Raises `WrongUsage` for an unknown name, `EnvironmentLacks` when ``auto`` finds none.
+    """
+    return find_target(this_machine() if name == "auto" else name)
+
+
+def this_machine() -> str:
+    """Name of the CPU target profile of this machine."""
+    machine = platform.machine().lower()
+    flags = cpu_flags()
+    if machine in ("aarch64", "arm64"):
+        return "cpu-arm64-dotprod"
+    if machine in ("x86_64", "amd64"):
+        if flags & {"avx512_vnni", "avx_vnni"}:
+            return "cpu-avx512-vnni"
+        if "avx2" in flags or not flags:
+            return "cpu-avx2"
+    raise EnvironmentLacks(f"no target profile for a {machine} processor; give --target NAME")
+
+
+def cpu_flags() -> frozenset[str]:
+    """Feature flags of the first processor as the kernel lists them; empty where it lists none."""
+    if not CPUINFO.is_file():
+        return frozenset()
+    for line in CPUINFO.read_text(errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

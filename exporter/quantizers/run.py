@@ -1,0 +1,222 @@
+"""Quantize a model folder, tensor by tensor, from safetensors to safetensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.artifact import need_space
+from exporter.core.blocks import QDATA, SCALES, ZEROS
+from exporter.core.digest import canonical_json
+from exporter.core.errors import InputRefused, MedexportError, WrongUsage
+from exporter.core.modelfiles import copy_small_files, read_config
+from exporter.core.progress import Progress, silent
+from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
+from exporter.families.table import family_of
+from exporter.quantizers.plan import LayerPlan, plan_layers
+from exporter.quantizers.rtn import QuantizedMatrix, join_rows, quantize_rows, row_chunks
+from exporter.quantizers.schemes import Scheme
+
+REPORT = "quantization.json"
+SCHEMA = 1
+# Weights read ahead of the writer at most (one larger matrix alone is allowed): bounds the memory.
+AHEAD = 16 << 20
+MAX_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A stored matrix with what it lost: Frobenius norm of the error over that of the matrix."""
+
+    plan: LayerPlan
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was written: `layers` quantized, `floats` kept with a reason.
+
+    `source_bytes` and `stored_bytes` are those of all tensors before and after.
+    """
+
+    scheme: str
+    layers: tuple[QuantizedLayer, ...]
+    floats: tuple[LayerPlan, ...]
+    source_bytes: int
+    stored_bytes: int
+
+    def document(self) -> dict[str, Any]:
+        """The content of quantization.json."""
+        return {
+            "schema": SCHEMA,
+            "scheme": self.scheme,
+            "layers": [_layer_row(layer) for layer in self.layers],
+            "floats": [{"name": f.name, "reason": f.reason, "bytes": f.bytes} for f in self.floats],
+        }
+
+
+def quantize_model(
+    source: Path, out: Path, scheme: Scheme, *, threads: int, progress: Progress = silent
+) -> QuantizationReport:
+    """Quantize the model folder `source` into the empty folder `out`.
+
+    The bytes written do not depend on `threads`; memory is bounded by the largest matrix. Progress
+    counts weights. Raises `WrongUsage` for a scheme without quantized parts, `InputRefused` for a
+    folder that is not a float model of a known family, `EnvironmentLacks` when the disk is too full,
+    `MedexportError` when what was written is not what was planned.
+    """
+    if not scheme.quantizes:
+        raise WrongUsage(
+            f"scheme {scheme.name} quantizes nothing; export the merged folder as it is"
+        )
+    config = read_config(source / "config.json")
+    if (source / REPORT).exists():
+        raise InputRefused(f"{source}: already quantized ({REPORT}); expected a float model")
+    family, checkpoint = family_of(config), Checkpoint.open(source)
+    decoder = family.decoder_spec(config)
+    plan = plan_layers(checkpoint, decoder, family.tower_spec(config), scheme)
+    need_space(out, sum(p.bytes for p in plan) + (64 << 20))
+    copy_small_files(source, out)
+    if not decoder.tied and all(p.name != decoder.head for p in plan):
+        # The head is the embedding and is stored once: readers learn it from the config.
+        config["tie_word_embeddings"] = True
+        (out / "config.json").write_bytes(canonical_json(config))
+    errors = _write_tensors(checkpoint, plan, out / "model.safetensors", threads, progress)
+    _check_written(out, plan)
+    report = QuantizationReport(
+        scheme.name,
+        tuple(QuantizedLayer(p, errors[p.name]) for p in plan if p.format),
+        tuple(p for p in plan if not p.format),
+        total_bytes(checkpoint.tensors.values()),
+        sum(p.bytes for p in plan),
+    )
+    (out / REPORT).write_bytes(canonical_json(report.document()))
+    return report
+
+
+@dataclass(frozen=True)
+class _Pending:
+    plan: LayerPlan
+    parts: list[Future[QuantizedMatrix]]
+    values: NDArray[Any]
+
+    @property
+    def weights(self) -> int:
+        return int(self.values.size)
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    plan: Sequence[LayerPlan],
+    path: Path,
+    threads: int,
+    progress: Progress,
+) -> dict[str, float]:
+    """Write all tensors in the plan's order; returns the relative error of each quantized one."""
+    entries = {name: entry for p in plan for name, entry in p.entries().items()}
+    total = sum(int(np.prod(p.shape)) for p in plan)
+    done, errors = 0, {}
+    with ThreadPoolExecutor(threads) as pool, SafetensorsWriter(path, entries) as writer:
+        for pending in _read_ahead(_started(checkpoint, plan, pool)):
+            layer = pending.plan
+            if layer.format is None:
+                writer.write(layer.name, _as_float16(layer.name, pending.values))
+            else:
+                result = join_rows([part.result() for part in pending.parts])
+                errors[layer.name] = result.relative_error
+                _write_packed(writer, layer.name, result)
+            done += pending.weights
+            progress(done, total, layer.name)
+    return errors
+
+
+def _started(
+    checkpoint: Checkpoint, plan: Sequence[LayerPlan], pool: ThreadPoolExecutor
+) -> Iterator[_Pending]:
+    """Read tensor after tensor and hand its rows to the pool."""
+    for layer in plan:
+        values = checkpoint.raw(layer.name)
+        dtype = checkpoint.info(layer.name).dtype
+        if dtype == "BF16":
+            values = to_float32(values, dtype)
+        fmt = layer.format
+        chunks = row_chunks(layer.rows, layer.columns, fmt.block) if fmt else []
+        parts = [
+            pool.submit(
+                quantize_rows,
+                values[rows],
+                fmt,
+                search=layer.method == "rtn-mse",
+                name=layer.name,
+            )
+            for rows in chunks
+            if fmt
+        ]
+        yield _Pending(layer, parts, values)
+
+
+def _read_ahead(started: Iterator[_Pending]) -> Iterator[_Pending]:
+    """Keep up to `AHEAD` weights in work, so that no thread waits for the writer."""
+    waiting: deque[_Pending] = deque()
+    weights = 0
+    for pending in started:
+        waiting.append(pending)
+        weights += pending.weights
+        while weights > AHEAD:
+            weights -= waiting[0].weights
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _write_packed(writer: SafetensorsWriter, name: str, result: QuantizedMatrix) -> None:
+    packed = result.packed
+    writer.write(name + QDATA, packed.qdata)
+    writer.write(name + SCALES, packed.scales)
+    if packed.zero_points is not None:
+        writer.write(name + ZEROS, packed.zero_points)
+
+
+def _as_float16(name: str, values: NDArray[Any]) -> NDArray[np.float16]:
+    largest = float(np.abs(values.astype(np.float32)).max(initial=0.0))
+    if not largest <= MAX_FLOAT16:
+        raise InputRefused(
+            f"tensor '{name}' holds {largest}; expected finite values within float16 (65504)"
+        )
+    return values.astype(np.float16)
+
+
+def _check_written(out: Path, plan: Sequence[LayerPlan]) -> None:
+    """Read the file's table back and compare it with the plan. Raises `MedexportError`."""
+    written = {n: (i.dtype, i.shape) for n, i in Checkpoint.open(out).tensors.items()}
+    planned = {name: entry for p in plan for name, entry in p.entries().items()}
+    wrong = sorted(n for n in written.keys() | planned.keys() if written.get(n) != planned.get(n))
+    if wrong:
+        raise MedexportError(
+            f"{out}: {len(wrong)} tensors are not as planned, first '{wrong[0]}': "
+            f"{written.get(wrong[0])} instead of {planned.get(wrong[0])}"
+        )
+
+
+def _layer_row(layer: QuantizedLayer) -> dict[str, Any]:
+    plan, fmt = layer.plan, layer.plan.format
+    if fmt is None:
+        raise ValueError(f"{plan.name} is not quantized")
+    return {
+        "name": plan.name,
+        "kind": plan.kind,
+        "bits": fmt.bits,
+        "block": fmt.block,
+        "symmetric": fmt.symmetric,
+        "columns": plan.columns,
+        "rows": plan.rows,
+        "method": plan.method,
+        "relative_error": layer.relative_error,
+        "bytes": plan.bytes,
+    }

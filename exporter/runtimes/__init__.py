@@ -1,0 +1,1 @@
+"""Load an artifact and caption images."""

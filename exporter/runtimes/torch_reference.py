@@ -1,0 +1,231 @@
+"""Captions with the torch model of transformers in float32: what everything else is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from exporter.core.errors import InputRefused, require
+from exporter.core.modelfiles import read_config
+from exporter.core.tensors import read_header
+from exporter.families.base import Preparer, PromptInputs
+from exporter.families.table import family_of
+from exporter.runtimes.base import Caption
+from exporter.runtimes.greedy import forced_inputs, greedy_caption, image_places
+from exporter.runtimes.threads import usable_cores
+from exporter.runtimes.weights import float_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+ARCHITECTURES = {
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+}
+
+
+class TorchCaptioner:
+    """`runtimes.base.Captioner` over a float or quantized model folder (dequantized when loaded).
+
+    Adapters stay un-merged (peft computes them beside the weights), so that a merge can be proved
+    against them. Tiles that are exactly zero are kept, as in the exported graphs.
+    """
+
+    def __init__(
+        self, model_dir: Path, *, adapters: Sequence[Path] = (), threads: int | None = None
+    ) -> None:
+        """Load the weights strictly, in float32; `threads` defaults to the usable cores.
+
+        The number of threads is torch's own, so it holds for the whole process. Raises
+        `InputRefused` when a tensor is missing or unknown, or the folder is of another architecture;
+        `EnvironmentLacks` without torch, transformers or (for adapters) peft.
+        """
+        for module in ("torch", "transformers", *(["peft"] if adapters else [])):
+            require(module, "build")
+        import torch
+
+        torch.set_num_threads(threads or usable_cores())
+        config = read_config(model_dir / "config.json")
+        self.preparer = family_of(config).open_preparer(model_dir)
+        self.model = load_model(model_dir, config)
+        if adapters:
+            _attach(self.model, adapters)
+        self.engine = TorchEngine(self.model, self.preparer)
+
+    def caption(self, image: Image, prompt: str, max_new_tokens: int) -> Caption:
+        """Greedy caption; see `greedy_caption`."""
+        return greedy_caption(self.preparer, self.engine, image, prompt, max_new_tokens)
+
+    def score(self, image: Image, prompt: str, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Teacher-forced logits ``[len(tokens) + 1, vocab]``; see `Captioner.score`."""
+        inputs = forced_inputs(self.preparer, image, prompt, tokens)
+        return self.engine.forced(inputs, self.engine.features(inputs.pixel_values), tokens)
+
+
+class TorchEngine:
+    """`greedy.Engine` over a loaded torch model."""
+
+    def __init__(self, model: Any, preparer: Preparer) -> None:
+        self._model, self._preparer = model, preparer
+        self._cache: Any = None
+
+    def features(self, pixels: NDArray[np.float32]) -> torch.Tensor:
+        """Features ``[tiles * tokens, hidden]``, one tile at a time.
+
+        Not through ``get_image_features``: that drops tiles of zeros.
+        """
+        import torch
+
+        inner = self._model.model
+        side = pixels.shape[-1] // self._model.config.vision_config.patch_size
+        mask = torch.ones((1, side, side), dtype=torch.bool)
+        rows = []
+        with torch.inference_mode():
+            for tile in torch.from_numpy(pixels):
+                out = inner.vision_model(pixel_values=tile[None], patch_attention_mask=mask)
+                rows.append(inner.connector(out.last_hidden_state)[0])
+        return torch.cat(rows)
+
+    def prefill(
+        self,
+        inputs: PromptInputs,
+        features: torch.Tensor,
+        capacity: int,  # noqa: ARG002 (torch's cache grows by itself)
+    ) -> NDArray[np.float32]:
+        """Logits ``[vocab]`` after the prompt."""
+        self._cache = None
+        last: NDArray[np.float32] = self._append(self._merged(inputs, features), 1)[-1]
+        return last
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """Logits ``[vocab]`` after one more token."""
+        last: NDArray[np.float32] = self._append(self._embedded([token]), 1)[-1]
+        return last
+
+    def forced(
+        self, inputs: PromptInputs, features: torch.Tensor, tokens: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Logits ``[len(tokens) + 1, vocab]`` from one pass over prompt and `tokens`."""
+        import torch
+
+        self._cache = None
+        embeds = torch.cat([self._merged(inputs, features), self._embedded(tokens)])
+        return self._append(embeds, len(tokens) + 1)
+
+    def _embedded(self, ids: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            out: torch.Tensor = self._model.get_input_embeddings()(
+                torch.as_tensor(ids, dtype=torch.int64)
+            )
+        return out
+
+    def _merged(self, inputs: PromptInputs, features: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        places = image_places(self._preparer, inputs, len(features))
+        embeds = self._embedded(inputs.input_ids)
+        with torch.inference_mode():
+            embeds[torch.from_numpy(places)] = features
+        return embeds
+
+    def _append(self, embeds: torch.Tensor, keep: int) -> NDArray[np.float32]:
+        """Logits ``[keep, vocab]`` after appending ``[length, hidden]`` embeddings to the cache."""
+        import torch
+
+        with torch.inference_mode():
+            out = self._model.model.text_model(
+                inputs_embeds=embeds[None], past_key_values=self._cache, use_cache=True
+            )
+            logits = self._model.lm_head(out.last_hidden_state[0, -keep:])
+        self._cache = out.past_key_values
+        rows: NDArray[np.float32] = logits.numpy()
+        return rows
+
+
+def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
+    """The float32 torch model of a float or quantized folder, in evaluation mode.
+
+    `config` is its parsed config.json. Raises `InputRefused` when tensors are missing (other than a
+    head tied to the embedding), unknown, or of another shape.
+    """
+    import torch
+    import transformers
+
+    expected = ARCHITECTURES[config["model_type"]]
+    declared = config.get("architectures") or [expected]
+    if declared != [expected]:
+        raise InputRefused(
+            f"{model_dir / 'config.json'}: architectures is {declared!r}, model_type "
+            f"{config['model_type']!r}; expected [{expected!r}]"
+        )
+    tensors = {name: torch.from_numpy(array) for name, array in float_tensors(model_dir)}
+    kind = getattr(transformers, expected)
+    parsed = kind.config_class.from_dict(
+        {
+            k: v
+            for k, v in config.items()
+            if k not in ("torch_dtype", "dtype", "quantization_config")
+        }
+    )
+    with _quiet():
+        model, found = kind.from_pretrained(
+            None,
+            config=parsed,
+            state_dict=tensors,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            # Given, not read from the config, where it may name a kernel to download.
+            attn_implementation="sdpa",
+        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, found[what]))
+        if names:
+            raise InputRefused(
+                f"{model_dir}: {len(names)} tensors are {what.removesuffix('_keys')} for {expected}, "
+                f"first {names[0]}; weights and config.json belong to different models"
+            )
+    return model.eval()
+
+
+def _attach(model: Any, adapters: Sequence[Path]) -> None:
+    from peft import PeftModel
+
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    wrapped: Any = None
+    for name, folder in zip(names, adapters, strict=True):
+        read_config(folder / "adapter_config.json")
+        read_header(folder / "adapter_model.safetensors")
+        if wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        # For the first one again: only this call says which keys did not fit.
+        found = wrapped.load_adapter(str(folder), adapter_name=name)
+        if found.unexpected_keys or any(f".{name}." in k for k in found.missing_keys):
+            first = [*found.unexpected_keys, *found.missing_keys][0]
+            raise InputRefused(f"{folder}: adapter key '{first}' does not fit this base model")
+    wrapped.base_model.set_adapter(names)
+    model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and load report out of our output for the block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

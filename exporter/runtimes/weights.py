@@ -1,0 +1,80 @@
+"""The float tensors of a model folder, dequantized where it is a quantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix, dequantize
+from exporter.core.errors import InputRefused
+from exporter.core.modelfiles import read_json
+from exporter.core.tensors import Checkpoint
+
+QUANTIZATION = "quantization.json"
+
+
+def float_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (checkpoint name, float32 array) for each tensor of a float or quantized model folder.
+
+    Raises `InputRefused` when quantization.json and the tensors disagree.
+    """
+    checkpoint = Checkpoint.open(folder)
+    layers = _layers(folder)
+    for name in checkpoint.tensors:
+        base, dot, suffix = name.rpartition(".")
+        if dot + suffix == QDATA:
+            if base not in layers:
+                raise InputRefused(f"{folder}: '{base}' is quantized and not in {QUANTIZATION}")
+            yield base, dequantize(packed_matrix(checkpoint, base, layers[base]))
+        elif dot + suffix not in (SCALES, ZEROS) or base not in layers:
+            yield name, checkpoint.float32(name)
+
+
+def packed_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> PackedMatrix:
+    """The stored matrix `name`; `layer` is its entry in quantization.json.
+
+    Raises `InputRefused` when the stored shapes are not what the entry says.
+    """
+    try:
+        form = BlockFormat(int(layer["bits"]), int(layer["block"]), bool(layer["symmetric"]))
+        rows, columns = int(layer["rows"]), int(layer["columns"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputRefused(f"{QUANTIZATION}: bad entry for '{name}' ({error!r})") from error
+    if form.bits not in (4, 8) or form.block < 1:
+        raise InputRefused(
+            f"{QUANTIZATION}: '{name}' has {form.bits} bits in blocks of {form.block}"
+        )
+    blocks = -(-columns // form.block)
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        QDATA: ("U8", (rows, blocks, form.block * form.bits // 8)),
+        SCALES: ("F16", (rows, blocks)),
+    }
+    if not form.symmetric:
+        expected[ZEROS] = ("U8", (rows, -(-blocks * form.bits // 8)))
+    for suffix, (dtype, shape) in expected.items():
+        info = checkpoint.info(name + suffix)
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise InputRefused(
+                f"tensor '{name}{suffix}' is {info.dtype} {list(info.shape)}, {QUANTIZATION} says "
+                f"{dtype} {list(shape)}"
+            )
+    zeros = None if form.symmetric else checkpoint.raw(name + ZEROS)
+    return PackedMatrix(
+        form, columns, checkpoint.raw(name + QDATA), checkpoint.raw(name + SCALES), zeros
+    )
+
+
+def _layers(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / QUANTIZATION
+    if not path.is_file():
+        return {}
+    layers = read_json(path).get("layers")
+    if not isinstance(layers, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in layers
+    ):
+        raise InputRefused(f"{path}: layers is not a list of named entries")
+    return {entry["name"]: entry for entry in layers if entry.get("kind") != "float"}

@@ -1,0 +1,1 @@
+"""Contract tests: one interface, every implementation or an independent reference."""
