@@ -161,6 +161,8 @@ def compare(
     **options: Any,
 ) -> None:
     """Compare exported models with a reference: quality, latency, memory, bytes."""
+    import msgspec
+
     from exporter.compare.table import comparison_table
     from exporter.pipeline.stages import compare_exported, open_evaluation
 
@@ -174,7 +176,7 @@ def compare(
 
     comparison = in_folder("compare", out, make)
     if as_json:
-        print_json(comparison.to_json())
+        print_json(msgspec.to_builtins(comparison))
     else:
         click.echo(comparison_table(comparison))
 

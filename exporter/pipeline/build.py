@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from exporter.bundle.manifest import Lineage, Manifest, Source, Usage
 from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
@@ -46,7 +48,7 @@ class BuildResult:
             "scheme": self.manifest.scheme,
             "target": self.manifest.target,
             "checks": self.manifest.checks,
-            "comparison": self.comparison.to_json() if self.comparison else None,
+            "comparison": msgspec.to_builtins(self.comparison) if self.comparison else None,
         }
 
     def to_text(self) -> str:

@@ -100,8 +100,8 @@ def test_other_figures(judged: dict[str, list[Judged]]) -> None:
     own = judged["int4"]
     rouge = rouge1_figures(own, judged["fp16"])
     assert rouge is not None
-    # Ten words each; the size and the side differ.
-    assert own[0].rouge1 == pytest.approx(0.8)
+    # Eleven words each; the size and the side differ.
+    assert own[0].rouge1 == pytest.approx(9 / 11)
     distribution = distribution_figures(own)
     assert distribution is not None
     assert distribution.kl_mean == pytest.approx(0.2)
@@ -109,7 +109,7 @@ def test_other_figures(judged: dict[str, list[Judged]]) -> None:
     assert (distribution.identical, distribution.captions) == (1, 3)
     length = length_figures(own)
     assert length.truncated == 1
-    assert length.ratio == pytest.approx((10 + 6 + 2) / (10 + 6 + 5))
+    assert length.ratio == pytest.approx((11 + 6 + 2) / (11 + 6 + 5))
     part = slices(own)["ct"]
     assert (part.images, part.right, part.total, part.flips) == (1, 4, 6, 2)
 
