@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from exporter.calibrate.phantoms import samples  # noqa: E402
-from exporter.core.digest import sha256_bytes, sha256_file, sha256_json  # noqa: E402
+from exporter.core.digest import sha256_bytes  # noqa: E402
 from tools.demo_files import PROMPT  # noqa: E402
 
 STATEMENT = "Computer drawings, not medical images: no picture shows a patient or an organ."
@@ -77,7 +77,6 @@ def write_set(plan: SetPlan, folder: Path) -> str:
         "samples": len(lines),
         "patients": plan.patients,
         "samples_sha256": sha256_bytes(text),
-        "generator_sha256": generator_digest(),
     }
     (folder / "set.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
     return f"{folder}: {len(lines)} images of {plan.patients} patients"
@@ -101,12 +100,6 @@ def png(phantom: samples.Phantom) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(phantom.pixels).save(buffer, "PNG", compress_level=9)
     return buffer.getvalue()
-
-
-def generator_digest() -> str:
-    """Digest over the source files that draw the phantoms."""
-    folder = Path(samples.__file__).parent
-    return sha256_json({p.name: sha256_file(p) for p in sorted(folder.glob("*.py"))})
 
 
 def differences(plan: SetPlan, shipped: Path, scratch: Path) -> list[str]:

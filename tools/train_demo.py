@@ -62,15 +62,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
     model_dir, adapter_dir = options.out / "model", options.out / "adapter"
-    phantoms = [p for p in draw_phantoms("train", 400, IMAGES)]
+    phantoms = list(draw_phantoms("train", 400, IMAGES))
     texts = [text for p in phantoms for text in (p.caption, p.plain)]
-    config = write_model_files(model_dir, texts, VOCABULARY)
+    if not options.keep_base:
+        write_model_files(model_dir, texts, VOCABULARY)
     say(f"drawing {IMAGES * options.patients} phantoms", start)
     examples = draw_examples(options.patients, model_dir, options.threads)
-    model = new_model(config)
+    model = new_model(json.loads((model_dir / "config.json").read_text()))
     say(f"base: {sum(p.numel() for p in model.parameters()):,} parameters", start)
-    train(model, examples, "plain", Stage(options.base_steps, 32, 2e-3, 0.05, 0.998), start)
-    save_float16(model, model_dir)
+    if options.keep_base:
+        load_weights(model, model_dir)
+    else:
+        train(model, examples, "plain", Stage(options.base_steps, 32, 2e-3, 0.05, 0.998), start)
+        save_float16(model, model_dir)
     adapted = add_adapter(model)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     say(f"adapter: {count:,} parameters", start)
@@ -87,6 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--patients", type=int, default=2500, help="4 images each")
     parser.add_argument("--base-steps", type=int, default=2200)
     parser.add_argument("--adapter-steps", type=int, default=1500)
+    parser.add_argument("--keep-base", action="store_true", help="train the adapter only")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -228,6 +233,13 @@ def save_float16(model: nn.Module, folder: Path) -> None:
             parameter.copy_(parameter.half().float())
     tensors = {n: p.detach().half().contiguous() for n, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
