@@ -210,7 +210,8 @@ def _compare(
             {name: artifact.path for name, artifact in rows.items()},
             folder,
             evaluation,
-            lineage=b.found.summary() | {"target": b.target.name},
+            lineage=_lineage_lines(b),
+            scratch=b.stages.work / "compare.scratch",
             progress=p,
         ),
         version=1,
@@ -275,3 +276,13 @@ def _lineage(b: _Build) -> Lineage:
         adapters=tuple(Source(name=a.name, sha256=a.digest) for a in b.found.adapters),
         evaluation=evaluation,
     )
+
+
+def _lineage_lines(b: _Build) -> dict[str, str]:
+    """The lineage for the report: names and digests, no paths of this machine."""
+    lineage = _lineage(b)
+    named = [("base", lineage.base), ("evaluation set", lineage.evaluation)]
+    named += [(f"adapter {i}", a) for i, a in enumerate(lineage.adapters, 1)]
+    lines = {what: f"{s.name}, sha256 {s.sha256}" for what, s in named if s}
+    lines |= {"target": b.target.name, "prompt": b.prompt}
+    return lines | {"tools": ", ".join(f"{n} {v}" for n, v in tool_versions().items())}

@@ -143,15 +143,20 @@ def compare_exported(
     evaluation: Evaluation,
     *,
     lineage: Mapping[str, Any],
+    scratch: Path | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare exported folders with the reference; writes compare.json, cases.jsonl, report.html."""
+    """Compare exported folders with the reference; writes compare.json, cases.jsonl, report.html.
+
+    Finished processes are kept in `scratch` (by default inside `out`) until all are done, so that a
+    killed comparison goes on where it was.
+    """
     from exporter.compare.compare import Candidate, compare_models, write_reports
 
     rows = [Candidate(REFERENCE, reference / "model", "ort")]
     rows += [Candidate(name, exported / "model", "ort") for name, exported in candidates.items()]
-    work = out / "work"
-    work.mkdir()
+    work = scratch or out / "work"
+    work.mkdir(parents=True, exist_ok=True)
     comparison = compare_models(
         rows,
         evaluation.cases,

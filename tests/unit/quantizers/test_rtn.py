@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from exporter.core.blocks import BlockFormat, PackedMatrix, dequantize, unpack
 from exporter.core.errors import InputRefused
-from exporter.quantizers import rtn
+from exporter.quantizers import grid, rtn
 from exporter.quantizers.rtn import join_rows, quantize_matrix, quantize_rows, row_chunks
 
 FORMATS = [
@@ -176,7 +176,7 @@ def test_scales_are_rounded_as_numpy_rounds_to_float16(seed: int, size: float) -
     half = np.where(finite, x, 0).astype(np.float16)
     expected = np.where((x > 0) & (half == 0), np.float32(2**-24), half)
 
-    scale, inverse = rtn._stored(x)
+    scale, inverse = grid.stored(x)
 
     assert np.array_equal(scale[finite], expected[finite].astype(np.float32))
     assert np.all(inverse[scale == 0] == 0)

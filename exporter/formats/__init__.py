@@ -1,0 +1,1 @@
+"""Quantized checkpoints as other tools write and read them: GPTQ, AWQ, bitsandbytes."""

@@ -1,0 +1,144 @@
+"""Writes a quantized model folder from matrices that arrive one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.artifact import need_space
+from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix
+from exporter.core.digest import canonical_json
+from exporter.core.errors import InputRefused
+from exporter.core.modelfiles import copy_small_files, read_config
+from exporter.core.progress import Progress, silent
+from exporter.core.tensors import ITEM_BYTES, SafetensorsWriter
+
+REPORT = "quantization.json"
+SCHEMA = 1
+MAX_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """A matrix that will be stored packed; `read` gives it when its turn comes."""
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    format: BlockFormat
+    read: Callable[[], PackedMatrix]
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored tensors: name to (dtype, shape)."""
+        form, blocks = self.format, -(-self.columns // self.format.block)
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            self.name + QDATA: ("U8", (self.rows, blocks, form.block * form.bits // 8)),
+            self.name + SCALES: ("F16", (self.rows, blocks)),
+        }
+        if not form.symmetric:
+            found[self.name + ZEROS] = ("U8", (self.rows, -(-blocks * form.bits // 8)))
+        return found
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The same with their values."""
+        packed = self.read()
+        yield self.name + QDATA, packed.qdata
+        yield self.name + SCALES, packed.scales
+        if packed.zero_points is not None:
+            yield self.name + ZEROS, packed.zero_points
+
+
+@dataclass(frozen=True)
+class FloatEntry:
+    """A tensor that will be stored in float16, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    read: Callable[[], NDArray[np.float32]]
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored tensors: name to (dtype, shape)."""
+        return {self.name: ("F16", self.shape)}
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The same with its values; refuses what float16 cannot hold."""
+        yield self.name, as_float16(self.name, self.read())
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a reader found: the entries in storage order, and notes for the user."""
+
+    scheme: str
+    method: str
+    entries: Sequence[PackedEntry | FloatEntry]
+    notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def as_float16(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Float16 values. Raises `InputRefused` for NaN, infinity or values beyond 65504."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if not largest <= MAX_FLOAT16:
+        raise InputRefused(
+            f"tensor '{name}' holds {largest}; expected finite values within float16 (65504)"
+        )
+    return values.astype(np.float16)
+
+
+def write_folder(
+    source: Path, out: Path, found: Imported, *, progress: Progress = silent
+) -> Imported:
+    """Write the quantized folder into the empty folder `out`, with the small files of `source`.
+
+    One matrix is in memory at a time; what was lost against the original float model is unknown, so
+    `relative_error` is null in quantization.json. Raises `InputRefused` for a damaged tensor.
+    """
+    declared = {n: e for entry in found.entries for n, e in entry.tensors().items()}
+    sizes = {n: ITEM_BYTES[d] * int(np.prod(s, dtype=np.int64)) for n, (d, s) in declared.items()}
+    need_space(out, sum(sizes.values()) + (64 << 20))
+    copy_small_files(source, out)
+    config = found.config or read_config(source / "config.json")
+    config = {k: v for k, v in config.items() if k != "quantization_config"}
+    (out / "config.json").write_bytes(canonical_json(config))
+    with SafetensorsWriter(out / "model.safetensors", declared) as writer:
+        for done, entry in enumerate(found.entries, 1):
+            for name, array in entry.arrays():
+                writer.write(name, array)
+            progress(done, len(found.entries), entry.name)
+    rows = {e.name: sum(sizes[n] for n in e.tensors()) for e in found.entries}
+    document = {
+        "schema": SCHEMA,
+        "scheme": found.scheme,
+        "layers": [_row(e, found, rows) for e in found.entries if isinstance(e, PackedEntry)],
+        "floats": [
+            {"name": e.name, "reason": e.reason, "bytes": rows[e.name]}
+            for e in found.entries
+            if isinstance(e, FloatEntry)
+        ],
+        "notes": list(found.notes),
+    }
+    (out / REPORT).write_bytes(canonical_json(document))
+    return found
+
+
+def _row(entry: PackedEntry, found: Imported, sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "bits": entry.format.bits,
+        "block": entry.format.block,
+        "symmetric": entry.format.symmetric,
+        "columns": entry.columns,
+        "rows": entry.rows,
+        "method": found.method,
+        "relative_error": None,
+        "bytes": sizes[entry.name],
+    }

@@ -1,0 +1,198 @@
+"""Quantization grids per block, and the search for the grid that loses least.
+
+Plain rounding spreads the codes over a block's whole range (as onnxruntime's quantizer does); one
+outlier then coarsens all others. The search shrinks both ends of the range over a grid, keeps the
+pair with the least squared error, and refits the scale to the codes by least squares. Scales are
+rounded to float16, the stored type, before an error is taken, so that what is minimised is the
+error of what a runtime will compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.blocks import BlockFormat
+from exporter.core.errors import InputRefused
+
+Array = NDArray[np.float32]
+
+# Fractions of the range that the search tries: first for both ends alike, then end by end. Seven
+# tries come within 0.4 % of the error of all 144 pairs between 0.5 and 1.05.
+SHRINKS = (0.92, 0.84, 0.76)
+STEPS = (0.08, -0.08)
+TINIEST = np.float32(2.0**-24)
+SMALLEST_NORMAL = np.float32(2.0**-14)
+MAX_FLOAT16 = np.float32(65504.0)
+HALF = np.float32(0.5)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantization grid per block, all arrays ``[M]``.
+
+    The scale, its reciprocal (0 for scale 0), the least and greatest code relative to the zero point.
+    """
+
+    scale: Array
+    inverse: Array
+    low: Array
+    high: Array
+
+
+class Blocks:
+    """Blocks ``[block, M]`` side by side, with the scratch memory that every try of a grid reuses.
+
+    `metric` says what a block's error ``e`` costs: its squares (None), squares weighted by a
+    vector ``[block]``, or ``e^T metric e`` for a matrix ``[block, block]``.
+    """
+
+    def __init__(self, values: Array, metric: Array | None = None) -> None:
+        self.values = values
+        self._metric = metric
+        self._exact = np.empty_like(values)
+        self._codes = np.empty_like(values)
+
+    def codes(self, grid: Grid) -> Array:
+        """Codes relative to the zero point; overwritten by the next call."""
+        np.multiply(self.values, grid.inverse, out=self._exact)
+        np.rint(self._exact, out=self._codes)
+        np.maximum(self._codes, grid.low, out=self._codes)
+        return np.minimum(self._codes, grid.high, out=self._codes)
+
+    def error(self, grid: Grid) -> Array:
+        """What each block loses ``[M]``."""
+        codes = self.codes(grid)
+        np.subtract(codes, self._exact, out=codes)
+        if self._metric is None:
+            np.multiply(codes, codes, out=codes)
+        else:
+            np.multiply(codes, self._measured(codes), out=codes)
+        return np.asarray(codes.sum(axis=0) * (grid.scale * grid.scale), np.float32)
+
+    def fitted(self, grid: Grid) -> Array:
+        """The scale ``[M]`` that loses least for the codes of `grid`; its own where all are 0."""
+        codes = self.codes(grid)
+        measured = codes if self._metric is None else self._measured(codes)
+        square = np.einsum("km,km->m", codes, measured)
+        fit = np.einsum("km,km->m", measured, self.values)
+        return np.divide(fit, square, out=grid.scale.copy(), where=square > 0)
+
+    def _measured(self, x: Array) -> Array:
+        if self._metric is None:
+            return x
+        if self._metric.ndim == 1:
+            return np.asarray(self._metric[:, None] * x, np.float32)
+        return np.asarray(self._metric @ x, np.float32)
+
+
+def best_grid(
+    data: Blocks, fmt: BlockFormat, *, search: bool, name: str = "matrix"
+) -> tuple[Grid, Array]:
+    """The grid of each block and what it loses, both ``[M]``; `search` clips where that loses less.
+
+    Raises `InputRefused` naming `name` when a value is NaN, infinite, or needs a scale beyond float16.
+    """
+    grid, bottom, top = _plain_grid(data.values, fmt, name)
+    error = data.error(grid)
+    return _searched(data, fmt, grid, error, bottom, top) if search else (grid, error)
+
+
+def _plain_grid(values: Array, fmt: BlockFormat, name: str) -> tuple[Grid, Array, Array]:
+    """The grid over the full range, and the range's ends (zero always inside), each ``[M]``."""
+    bottom = np.minimum(values.min(axis=0), 0)
+    top = np.maximum(values.max(axis=0), 0)
+    if not (np.isfinite(bottom).all() and np.isfinite(top).all()):
+        raise InputRefused(
+            f"tensor '{name}' holds NaN or infinite values; expected finite weights, "
+            "look for an overflow in training or conversion"
+        )
+    grid = grid_between(bottom, top, fmt)
+    if grid.scale.max() > MAX_FLOAT16:
+        raise InputRefused(
+            f"tensor '{name}' holds values up to {max(top.max(), -bottom.min()):.3g}; "
+            "expected block scales within float16"
+        )
+    return grid, bottom, top
+
+
+def grid_between(bottom: Array, top: Array, fmt: BlockFormat) -> Grid:
+    """The grid whose codes reach from `bottom` (not above 0) to `top` (not below 0)."""
+    middle = np.float32(fmt.middle)
+    if fmt.symmetric:
+        # Never negative: DequantizeLinear of other runtimes wants positive scales.
+        scale, inverse = stored(np.maximum(bottom / -middle, top / (middle - 1)))
+        return Grid(scale, inverse, np.full_like(scale, -middle), np.full_like(scale, middle - 1))
+    last = np.float32(fmt.top)
+    scale, inverse = stored((top - bottom) / last)
+    low = np.ceil(bottom * inverse - HALF)
+    np.maximum(low, -last, out=low)
+    return Grid(scale, inverse, low, low + last)
+
+
+def stored(scale: Array) -> tuple[Array, Array]:
+    """Scales as float16 will hold them (positive ones never become 0), and their reciprocals."""
+    kept = np.where(scale < SMALLEST_NORMAL, _multiple_of_tiniest(scale), _eleven_bits(scale))
+    inverse = np.divide(1, kept, out=np.zeros_like(kept), where=kept > 0)
+    return kept, inverse
+
+
+# Numpy's own float16 conversion is scalar and would take most of the search's time.
+def _eleven_bits(x: Array) -> Array:
+    """Round to the 11 significant bits of a normal float16, ties to even."""
+    bits = x.view(np.uint32)
+    rounded = (bits + (0x0FFF + (bits >> 13 & 1))) & np.uint32(0xFFFFE000)
+    return np.asarray(rounded, np.uint32).view(np.float32)
+
+
+def _multiple_of_tiniest(x: Array) -> Array:
+    """Round a subnormal float16 to its grid, but no positive value to 0."""
+    shift = np.float32(0.75)  # from 0.5 to 1 float32 is spaced as subnormal float16 is
+    rounded = (x + shift) - shift
+    return np.asarray(np.maximum(rounded, np.minimum(TINIEST, x * np.float32(2.0**24))))
+
+
+def _searched(
+    data: Blocks, fmt: BlockFormat, grid: Grid, error: Array, bottom: Array, top: Array
+) -> tuple[Grid, Array]:
+    """The best grid per block over clipped ranges and refitted scales, with its error."""
+    one = np.ones_like(bottom)
+    low, high = one, one  # fraction of each end that the best grid keeps
+
+    def attempt(down: Array, up: Array) -> None:
+        nonlocal grid, error, low, high
+        tried = grid_between(bottom * down, top * up, fmt)
+        found = data.error(tried)
+        better = found < error
+        low, high = np.where(better, down, low), np.where(better, up, high)
+        grid, error = _merged(better, tried, grid), np.where(better, found, error)
+
+    for shrink in SHRINKS:
+        attempt(one * np.float32(shrink), one * np.float32(shrink))
+    if not fmt.symmetric:
+        for step in STEPS:
+            attempt(low + np.float32(step), high)
+            attempt(low, high + np.float32(step))
+    return _refitted(data, grid, error)
+
+
+def _refitted(data: Blocks, grid: Grid, error: Array) -> tuple[Grid, Array]:
+    """Replace the scale by the least-squares one for the codes, where that lowers the error."""
+    wanted = data.fitted(grid)
+    # A metric that is not diagonal can ask for a scale of 0 or less: no grid at all.
+    scale, inverse = stored(np.where(wanted > 0, wanted, grid.scale))
+    tried = replace(grid, scale=scale, inverse=inverse)
+    found = data.error(tried)
+    better = found < error
+    return _merged(better, tried, grid), np.where(better, found, error)
+
+
+def _merged(better: NDArray[np.bool_], new: Grid, old: Grid) -> Grid:
+    return Grid(
+        np.where(better, new.scale, old.scale),
+        np.where(better, new.inverse, old.inverse),
+        np.where(better, new.low, old.low),
+        np.where(better, new.high, old.high),
+    )

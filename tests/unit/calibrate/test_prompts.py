@@ -1,0 +1,69 @@
+"""Embedded prompts against the torch model's own embeddings and features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.calibrate.prompts import EmbeddedPrompt, embed_prompts
+from exporter.core.cases import Case
+from exporter.core.errors import InputRefused
+from exporter.runtimes.images import open_image
+from exporter.runtimes.ort import OrtCaptioner
+from exporter.runtimes.torch_reference import TorchCaptioner
+from tests.support.tiny import write_tiny_model
+from tests.unit.calibrate.conftest import CAPTIONS, PROMPT
+
+
+def test_embeds_are_those_of_the_torch_model(
+    merged: Path, cases: list[Case], prompts: list[EmbeddedPrompt]
+) -> None:
+    torch_model = TorchCaptioner(merged, threads=1)
+    for case, found in zip(cases, prompts, strict=True):
+        inputs = torch_model.preparer.prepare([open_image(case.image)], PROMPT)
+        features = torch_model.engine.features(inputs.pixel_values)
+        start = len(inputs.input_ids)
+        np.testing.assert_array_equal(found.tokens[:start], inputs.input_ids)
+        places = found.tokens == torch_model.preparer.image_token_id
+        np.testing.assert_array_equal(found.image_positions, places)
+        np.testing.assert_allclose(found.embeds[places], features, rtol=1e-3, atol=1e-4)
+        table = torch_model.model.get_input_embeddings().weight.detach().numpy()
+        np.testing.assert_allclose(found.embeds[~places], table[found.tokens[~places]], atol=1e-6)
+        assert found.answer == slice(start, found.length)
+        assert found.predicting == slice(start - 1, found.length)
+
+
+def test_answers_are_the_caption_or_the_models_own(
+    exported: Path, cases: list[Case], prompts: list[EmbeddedPrompt]
+) -> None:
+    captioner = OrtCaptioner(exported, threads=1)
+    for case, found in zip(cases, prompts, strict=True):
+        answer = [int(t) for t in found.tokens[found.answer]]
+        if case.caption is None:
+            own = captioner.caption(open_image(case.image), PROMPT, 6)
+            assert answer == list(own.tokens)
+        else:
+            assert len(answer) == 6
+            # The template ends in "Assistant:", so that a space belongs to the answer.
+            assert captioner.preparer._tokenizer.decode(answer).startswith(" ")  # type: ignore[attr-defined]
+            assert case.caption.startswith(captioner.preparer.decode(answer))
+    assert CAPTIONS[2] is None
+
+
+def test_what_does_not_fit_is_refused(
+    merged: Path, exported: Path, cases: list[Case], tmp_path: Path
+) -> None:
+    with pytest.raises(InputRefused, match="c0: .* tokens of prompt and 0 of caption"):
+        embed_prompts(merged, exported, [replace(cases[0], caption=" ")], PROMPT, threads=1)
+    long = replace(cases[0], caption="Befund äöü " * 200)
+    with pytest.raises(InputRefused, match="expected at least one of caption and 512 at most"):
+        embed_prompts(merged, exported, [long], PROMPT, threads=1, max_answer=1000)
+    missing = replace(cases[0], image=tmp_path / "none.png")
+    with pytest.raises(InputRefused, match="none.png"):
+        embed_prompts(merged, exported, [missing], PROMPT, threads=1)
+    other = write_tiny_model(tmp_path / "other", hidden=32, layers=1)
+    with pytest.raises(InputRefused, match="width 64"):
+        embed_prompts(other, exported, cases[:1], PROMPT, threads=1)
