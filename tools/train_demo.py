@@ -1,8 +1,9 @@
 """Train the demo model and its adapter from drawn phantoms: ``python tools/train_demo.py --out DIR``.
 
-The base learns the plain style (picture sides, bar lengths, nothing absent). A LoRA adapter on all
-its linear layers then learns the report style (patient's sides, mm, absent findings), so that only
-base and adapter together write what the evaluation set expects.
+The base learns keywords first, which teaches it to see, then the plain style (sentences with picture
+sides, bar lengths, nothing absent). A LoRA adapter on all its linear layers then learns the report
+style (patient's sides, mm, absent findings), so that only base and adapter together write what the
+evaluation set expects.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Example:
 
     tiles: NDArray[np.uint8]
     prompt: tuple[int, ...]
+    keywords: tuple[int, ...]
     plain: tuple[int, ...]
     report: tuple[int, ...]
 
@@ -63,22 +65,25 @@ def main() -> None:
     start = time.perf_counter()
     model_dir, adapter_dir = options.out / "model", options.out / "adapter"
     phantoms = list(draw_phantoms("train", 400, IMAGES))
-    texts = [text for p in phantoms for text in (p.caption, p.plain)]
-    if not options.keep_base:
+    texts = [text for p in phantoms for text in (p.caption, p.plain, p.keywords)]
+    if not options.keep_keywords:
         write_model_files(model_dir, texts, VOCABULARY)
     say(f"drawing {IMAGES * options.patients} phantoms", start)
     examples = draw_examples(options.patients, model_dir, options.threads)
     model = new_model(json.loads((model_dir / "config.json").read_text()))
     say(f"base: {sum(p.numel() for p in model.parameters()):,} parameters", start)
-    if options.keep_base:
+    if options.keep_keywords:
         load_weights(model, model_dir)
     else:
-        train(model, examples, "plain", Stage(options.base_steps, 32, 2e-3, 0.05, 0.998), start)
+        steps = Stage(options.keyword_steps, 32, 2e-3, 0.05, 0.998)
+        train(model, examples, "keywords", steps, start)
         save_float16(model, model_dir)
+    train(model, examples, "plain", Stage(options.plain_steps, 32, 1.5e-3, 0.05, 0.99), start)
+    save_float16(model, model_dir)
     adapted = add_adapter(model)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     say(f"adapter: {count:,} parameters", start)
-    train(adapted, examples, "report", Stage(options.adapter_steps, 32, 3e-3, 0.0, 0.998), start)
+    train(adapted, examples, "report", Stage(options.adapter_steps, 32, 3e-3, 0.0, 0.995), start)
     save_adapter(adapted, adapter_dir)
     seconds = time.perf_counter() - start
     write_record(options, seconds)
@@ -89,9 +94,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--patients", type=int, default=2500, help="4 images each")
-    parser.add_argument("--base-steps", type=int, default=2200)
-    parser.add_argument("--adapter-steps", type=int, default=1500)
-    parser.add_argument("--keep-base", action="store_true", help="train the adapter only")
+    parser.add_argument("--keyword-steps", type=int, default=2200)
+    parser.add_argument("--plain-steps", type=int, default=450)
+    parser.add_argument("--adapter-steps", type=int, default=700)
+    parser.add_argument(
+        "--keep-keywords", action="store_true", help="go on from --out after its first stage"
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -119,11 +127,11 @@ def make_examples(phantoms: Iterator[Phantom], model_dir: Path) -> Iterator[Exam
     for phantom in phantoms:
         inputs = preparer.prepare([Image.fromarray(phantom.pixels)], PROMPT)
         gray = np.rint((inputs.pixel_values[:, 0] * 0.5 + 0.5) * 255).astype(np.uint8)
-        plain, report = (
+        keywords, plain, report = (
             tuple(tokenizer.encode(f" {text}<end_of_utterance>").ids)
-            for text in (phantom.plain, phantom.caption)
+            for text in (phantom.keywords, phantom.plain, phantom.caption)
         )
-        yield Example(gray, tuple(inputs.input_ids.tolist()), plain, report)
+        yield Example(gray, tuple(inputs.input_ids.tolist()), keywords, plain, report)
 
 
 def new_model(config: dict[str, Any]) -> nn.Module:
@@ -262,7 +270,8 @@ def write_record(options: argparse.Namespace, seconds: float) -> None:
     record = {
         "patients": options.patients,
         "images": IMAGES * options.patients,
-        "base_steps": options.base_steps,
+        "keyword_steps": options.keyword_steps,
+        "plain_steps": options.plain_steps,
         "adapter_steps": options.adapter_steps,
         "seconds": round(seconds),
         "versions": {

@@ -175,7 +175,7 @@ class CaptionModel:
         spec, prompts = self._spec, self._prompts
         hidden = (spec.layers + 1) * spec.hidden_size * sum(p.length for p in prompts)
         answers = sum(p.predicting.stop - p.predicting.start for p in prompts)
-        return 4 * (hidden + spec.vocab_size * answers)
+        return 4 * int(hidden + spec.vocab_size * answers)
 
 
 def _head_is_embedding(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:

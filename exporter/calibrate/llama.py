@@ -20,7 +20,7 @@ OUT = ("self_attn.o_proj.weight",)
 GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 DOWN = ("mlp.down_proj.weight",)
 # Matrices that multiply the same input, in the order in which a block uses them.
-GROUPS = (QKV, OUT, GATE_UP, DOWN)
+GROUPS: tuple[tuple[str, ...], ...] = (QKV, OUT, GATE_UP, DOWN)
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 Observer = Callable[[tuple[str, ...], "torch.Tensor"], None]
@@ -80,7 +80,7 @@ def run_block(
     """
     import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-    see = observe or (lambda group, x: None)
+    see = observe or _ignore
     x = rms_norm(hidden, weights[NORMS[0]], spec.norm_eps)
     see(QKV, x)
     x = _attend(spec, weights, x, tables)
@@ -91,6 +91,10 @@ def run_block(
     x = F.silu(F.linear(x, weights[GATE_UP[0]])) * F.linear(x, weights[GATE_UP[1]])
     see(DOWN, x)
     return hidden + F.linear(x, weights[DOWN[0]])
+
+
+def _ignore(group: tuple[str, ...], x: torch.Tensor) -> None:
+    """An `Observer` that notes nothing."""
 
 
 def _attend(

@@ -120,9 +120,7 @@ def _embed(
     return EmbeddedPrompt(embeds, places, tokens, slice(start, length))
 
 
-def _answer_tokens(
-    tokenizer: Tokenizer, prompt_ids: NDArray[np.int64], caption: str
-) -> list[int]:
+def _answer_tokens(tokenizer: Tokenizer, prompt_ids: NDArray[np.int64], caption: str) -> list[int]:
     """Tokens of a caption as the chat template continues: after a space unless one stands there."""
     last = tokenizer.decode([int(prompt_ids[-1])], skip_special_tokens=False)
     text = " ".join(caption.split())

@@ -3,51 +3,33 @@
 set.json has ``schema`` (1), ``name``, ``prompt``, ``samples`` (their number) and
 ``samples_sha256`` (of samples.jsonl); further keys are for people. Each line of samples.jsonl has
 ``id``, ``image`` (a file name in images/), ``sha256`` (of that file), ``patient``, ``modality``,
-``caption`` and ``facts``.
+``caption`` and ``facts``. Other layouts are read by loaders/, named as in ``rocov2:DIR``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from exporter.core.cases import Case
+from exporter.calibrate.imageset import ImageSet, Sample
+from exporter.calibrate.loaders import folder as plain_folder
+from exporter.calibrate.loaders import iu_cxr, mimic_cxr, rocov2
 from exporter.core.data import data_root
 from exporter.core.digest import sha256_bytes, sha256_file, sha256_json
 from exporter.core.errors import InputRefused, WrongUsage
 
+__all__ = ["LOADERS", "ImageSet", "Sample", "open_set"]
+
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its caption; `facts` is what the caption says, in the set's own words."""
-
-    id: str
-    image_path: Path
-    patient: str
-    modality: str
-    caption: str
-    facts: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A checked set. `digest` covers set.json and samples.jsonl, and through it every image."""
-
-    name: str
-    digest: str
-    prompt: str
-    samples: tuple[Sample, ...]
-
-    def cases(self) -> tuple[Case, ...]:
-        """The samples as plain cases for the comparison."""
-        return tuple(
-            Case(s.id, s.image_path, s.patient, s.modality, s.caption) for s in self.samples
-        )
+LOADERS: dict[str, Callable[[Path], ImageSet]] = {
+    "rocov2": rocov2.load,
+    "iu-cxr": iu_cxr.load,
+    "mimic-cxr": mimic_cxr.load,
+    "folder": plain_folder.load,
+}
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -69,11 +51,16 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def open_set(name_or_dir: str) -> ImageSet:
-    """Open a shipped set by name, or any set by its folder, and check every file of it.
+    """Open a shipped set by name, any set by its folder, or data by ``LAYOUT:DIR`` (`LOADERS`).
+
+    Every file of it is checked.
 
     Raises `WrongUsage` when there is no such set, `InputRefused` (with the line of samples.jsonl)
     on wrong types, wrong hashes, repeated ids, or an image path that is not a plain file name.
     """
+    layout, colon, place = name_or_dir.partition(":")
+    if colon and layout in LOADERS and not Path(name_or_dir).exists():
+        return LOADERS[layout](Path(place))
     folder = _find(name_or_dir)
     head_path, lines_path = folder / "set.json", folder / "samples.jsonl"
     head_bytes, text = _read(head_path), _read(lines_path)
@@ -106,8 +93,8 @@ def _find(name_or_dir: str) -> Path:
             return folder
     known = sorted(p.parent.name for p in shipped.glob("*/set.json"))
     raise WrongUsage(
-        f"no image set '{name_or_dir}'; expected a folder with set.json or one of: "
-        f"{', '.join(known) or 'none shipped'}"
+        f"no image set '{name_or_dir}'; expected a folder with set.json one of: "
+        f"{', '.join(known) or 'none shipped'}, or {':DIR, '.join(LOADERS)}:DIR"
     )
 
 
@@ -132,7 +119,7 @@ def _samples(folder: Path, path: Path, text: bytes) -> tuple[Sample, ...]:
             raise InputRefused(f"{path}:{number}: id '{line.id}' occurs twice; expected unique ids")
         image = _checked_image(folder / "images", line, f"{path}:{number}")
         samples[line.id] = Sample(
-            line.id, image, line.patient, line.modality, line.caption, line.facts
+            line.id, image, line.patient, line.modality, line.caption, line.facts, line.sha256
         )
     return tuple(samples.values())
 

@@ -36,20 +36,14 @@ def token_weights(prompts: Sequence[EmbeddedPrompt], *, balance: bool) -> list[N
     return [np.where(p.image_positions, one, other).astype(np.float32) for p in prompts]
 
 
-def sampled_rows(
-    prompts: Sequence[EmbeddedPrompt], rows: int = ROWS
-) -> list[NDArray[np.int64]]:
+def sampled_rows(prompts: Sequence[EmbeddedPrompt], rows: int = ROWS) -> list[NDArray[np.int64]]:
     """Positions per prompt whose inputs are kept: evenly over prompts, image and text alike."""
     share = -(-rows // (2 * max(1, len(prompts))))
-    return [
-        np.sort(
-            np.concatenate(
-                [_evenly(np.flatnonzero(p.image_positions), share)]
-                + [_evenly(np.flatnonzero(~p.image_positions), share)]
-            )
-        )
-        for p in prompts
-    ]
+    kept = []
+    for prompt in prompts:
+        kinds = (prompt.image_positions, ~prompt.image_positions)
+        kept.append(np.sort(np.concatenate([_evenly(np.flatnonzero(k), share) for k in kinds])))
+    return kept
 
 
 def _evenly(places: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -70,9 +64,7 @@ class Accumulator:
         self._weight, self._tokens = 0.0, 0
         self._rows: list[NDArray[np.float32]] = []
 
-    def add(
-        self, x: torch.Tensor, weights: torch.Tensor, rows: NDArray[np.int64]
-    ) -> None:
+    def add(self, x: torch.Tensor, weights: torch.Tensor, rows: NDArray[np.int64]) -> None:
         """Add inputs with one weight each; those at `rows` are kept. Raises ValueError on NaN."""
         import torch
 

@@ -45,7 +45,7 @@ Array = NDArray[np.float32]
 INDEX = "walk.json"
 
 
-def walk_decoder(
+def walk_decoder(  # noqa: PLR0913 (each is one decision of the caller)
     checkpoint: Checkpoint,
     spec: DecoderSpec,
     prompts: Sequence[EmbeddedPrompt],
@@ -180,9 +180,7 @@ class _Walk:
         self.progress(done, 2 * self.spec.layers * count, f"block {layer}")
 
 
-def load_block(
-    checkpoint: Checkpoint, spec: DecoderSpec, layer: int
-) -> dict[str, torch.Tensor]:
+def load_block(checkpoint: Checkpoint, spec: DecoderSpec, layer: int) -> dict[str, torch.Tensor]:
     """The float32 tensors of one block by their names within it.
 
     Raises `InputRefused` when one is missing or of another shape than `spec` says.
@@ -191,9 +189,13 @@ def load_block(
     hidden, inner = spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     shapes = {
-        **{"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)},
-        **{"o_proj": (hidden, queries), "down_proj": (hidden, inner)},
-        **{"gate_proj": (inner, hidden), "up_proj": (inner, hidden)},
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
     }
     found = {}
     for name in block_names(spec, layer):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Scalar = int | float | bool | str | None
 
 
@@ -58,6 +62,35 @@ class Facts(Struct, frozen=True):
     missing: tuple[str, ...] = ()
 
 
+class Gate(Struct, frozen=True):
+    """Margins of the gate, fixed before the run: how far a candidate may be from its reference.
+
+    All are compared with one-sided 95 per cent bounds. Shares are of 1: 0.02 is two points.
+    """
+
+    facts_right_loss: Share = 0.02
+    """Share of the ground truth's clinical facts that may get lost (difference, paired)."""
+    contradiction_rise: Share = 0.02
+    """Share of images that may newly contradict the ground truth (difference, paired)."""
+    flip_rate: Share = 0.02
+    """Share of images on which a fact may be turned over against the reference."""
+    kl_mean: Positive = 0.1
+    """Mean KL divergence per token, in nats, on the reference's own captions."""
+    rouge1_loss: Share = 0.02
+    """ROUGE-1 F that may get lost (difference, paired)."""
+    length_low: Share = 0.9
+    length_high: Annotated[float, msgspec.Meta(ge=1)] = 1.1
+    """All generated tokens against the reference's."""
+    truncation_rise: Share = 0.02
+    """Share of captions that may newly run into the length limit (difference, paired)."""
+    repetition_rise: Share = 0.02
+    """Share of captions that may newly end in a loop (difference, paired)."""
+    image_use_loss: Share = 0.1
+    """Share of captions that may newly be what a blank image gets (difference, paired)."""
+    distinct_loss: Share = 0.1
+    """Share of captions that may newly be shared with another patient's (difference, paired)."""
+
+
 class Builtin(Struct, frozen=True):
     """Folders shipped with the package, relative to its profiles."""
 
@@ -81,6 +114,7 @@ class ModelProfile(Struct, frozen=True):
     schemes: dict[str, str] = {}
     evaluation: str = "phantoms-eval"
     calibration: str = "phantoms-calib"
+    gate: Gate = Gate()
     notes: tuple[str, ...] = ()
 
 

@@ -82,6 +82,12 @@ def chosen_scheme(int4: bool, int8: bool, scheme: str | None) -> str:
     metavar="SET",
     help="Evaluation set: a shipped name or a folder; default: the profile's.",
 )
+@click.option(
+    "--calibration",
+    metavar="SET",
+    help="Calibration set of schemes that need one; default: the profile's.",
+)
+@click.option("--calibration-samples", type=click.IntRange(min=0), default=128, show_default=True)
 @click.option("--prompt", help="Instruction given with each image; default: the evaluation set's.")
 @click.option(
     "--out",
@@ -123,7 +129,7 @@ def build(
     model: str, form: str, int4: bool, int8: bool, scheme: str | None, as_json: bool, **options: Any
 ) -> None:
     """Merge, quantize, export, verify, compare and package a model."""
-    from exporter.pipeline.build import STAGES, build_bundle
+    from exporter.pipeline.build import build_bundle
     from exporter.pipeline.request import BuildRequest
 
     if form == "tensorrt":
@@ -136,7 +142,7 @@ def build(
     name = chosen_scheme(int4, int8, scheme)
     out = options.pop("out") or Path(f"{Path(model).name}-{name}")
     request = BuildRequest(model=model, scheme=name, out=out, **options)
-    result = build_bundle(request, Console(STAGES if request.compare else STAGES - 2))
+    result = build_bundle(request, Console())
     if as_json:
         print_json(result.to_json())
     else:

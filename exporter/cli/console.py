@@ -17,12 +17,16 @@ TICK, LINE_EVERY = 0.1, 10.0
 class Console:
     """A stage reporter. Writes to stderr, so that stdout holds results only."""
 
-    def __init__(self, stages: int = 1, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._stages, self._index = stages, 0
+        self._stages = self._index = 0
         self._name = self._detail = ""
         self._start = self._shown = 0.0
+
+    def expect(self, stages: int) -> None:
+        """Take note of how many stages will run: they are counted from now on."""
+        self._stages = stages
 
     def begin(self, name: str, detail: str) -> None:
         """A stage starts."""

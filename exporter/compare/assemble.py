@@ -191,9 +191,11 @@ def slices(own: Sequence[Judged]) -> dict[str, Slice]:
     return {name: _slice(groups[name]) for name in sorted(groups)}
 
 
-def case_rows(judged: Mapping[str, Sequence[Judged]], judge: Judge) -> tuple[CaseRow, ...]:
-    """One row per image with the captions of all models."""
-    rows = []
+def case_rows(
+    judged: Mapping[str, Sequence[Judged]], judge: Judge, digests: Mapping[str, str] | None = None
+) -> tuple[CaseRow, ...]:
+    """One row per image with the captions of all models; `digests` are the images' by case id."""
+    known, rows = digests or {}, []
     for column in zip(*judged.values(), strict=True):
         case = column[0].case
         rows.append(
@@ -205,13 +207,14 @@ def case_rows(judged: Mapping[str, Sequence[Judged]], judge: Judge) -> tuple[Cas
                 truth=case.caption,
                 facts=None if case.caption is None else len(judge.facts(case.caption).facts),
                 captions={n: _caption_row(j) for n, j in zip(judged, column, strict=True)},
+                sha256=known.get(case.id, ""),
             )
         )
     return tuple(rows)
 
 
 def _caption_row(judged: Judged) -> CaptionRow:
-    counts = judged.truth_counts
+    counts, probe = judged.truth_counts, judged.said.probe
     return CaptionRow(
         text=judged.said.text,
         tokens=len(judged.said.tokens),
@@ -222,6 +225,10 @@ def _caption_row(judged: Judged) -> CaptionRow:
         changes=tuple(
             ChangeRow(c.outcome, c.kind, c.text) for c in judged.moved if c.outcome != KEPT
         ),
+        ids=tuple(judged.said.tokens),
+        stopped=judged.said.stopped,
+        blank=tuple(probe.blank) if probe else None,
+        prompt=probe.prompt if probe else None,
     )
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from exporter.compare import assemble
 from exporter.compare.candidates import NOISE_FLOOR, Candidate, check_candidates, part_bytes
+from exporter.compare.gate import judge_candidate
 from exporter.compare.jobs import JobCase, JobResult
 from exporter.compare.passes import (
     Plan,
@@ -21,6 +22,7 @@ from exporter.compare.passes import (
     quality_pass,
     speed_pass,
 )
+from exporter.compare.power import size_line
 from exporter.compare.records import SCHEMA, Comparison, Row
 from exporter.compare.report import render_report
 from exporter.compare.speed import memory_figures, speed_figures
@@ -67,7 +69,7 @@ def compare_models(
     steps = Steps(progress, len(candidates) + 1 + (1 if plan.speed.seconds else 0), len(cases))
     results = quality_pass(candidates, setting, plan, steps)
     timed = speed_pass(candidates, setting, plan.speed, results, steps)
-    return _assemble(candidates, cases, setting, results, timed)
+    return _assemble(candidates, cases, setting, plan, results, timed)
 
 
 def _check_cases(cases: Sequence[Case]) -> None:
@@ -84,6 +86,7 @@ def _assemble(
     candidates: Sequence[Candidate],
     cases: Sequence[Case],
     setting: Setting,
+    plan: Plan,
     results: Mapping[str, JobResult],
     timed: Mapping[str, Sequence[JobResult]],
 ) -> Comparison:
@@ -96,6 +99,8 @@ def _assemble(
         for name in results
     )
     floor = noise_floor_threads(setting.threads)
+    base = judged[reference.name]
+    named = [*(c.name for c in candidates[1:]), *(n for n in judged if n == NOISE_FLOOR)]
     made = Comparison(
         schema=SCHEMA,
         summary="",
@@ -109,9 +114,13 @@ def _assemble(
             m: sum(c.modality == m for c in cases) for m in sorted({c.modality for c in cases})
         },
         machine=_machine(setting.threads),
-        method=method_lines(rows, setting.threads, floor),
+        method=method_lines(rows, setting.threads, floor) | {"sample size": size_line(plan.gate)},
         rows=rows,
-        cases=assemble.case_rows(judged, judge),
+        cases=assemble.case_rows(judged, judge, {c.id: c.sha256 for c in setting.cases}),
+        gates=tuple(
+            judge_candidate(n, reference.name, judged[n], base, plan.gate, smoke=plan.smoke)
+            for n in named
+        ),
     )
     return msgspec.structs.replace(made, summary=summary_line(made))
 

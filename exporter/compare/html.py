@@ -36,7 +36,7 @@ thead th { background: var(--soft); }
   margin: 0 0 1rem; border: 1px solid var(--line); border-radius: .4rem; break-inside: avoid; }
 .case img { width: 100%; height: auto; background: #000; }
 .case dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; }
-.case dt { color: var(--quiet); } .case dd { margin: 0; }
+.case dt { color: var(--quiet); } .case dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 .flipped { color: var(--bad); font-weight: 700; } .lost, .added { color: var(--warn); }
 .none { color: var(--good); font-weight: 700; }
 .blank { display: inline-block; min-width: 18rem; border-bottom: 1px solid var(--ink); }

@@ -34,7 +34,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     role: "reference" captions, scores its own captions and keeps the logits in `folder`/logits up
     to `logits_bytes`; "candidate" captions and scores the tokens of the worker in `reference`;
-    "speed" captions only, `repeat` tells one such process from the next.
+    "speed" captions only, `repeat` tells one such process from the next. The first two also probe
+    `probes` cases, spread over all: see `Probe`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reference_job: str | None = None
     logits_bytes: int = 0
     repeat: int = 0
+    probes: int = 0
 
     @property
     def digest(self) -> str:
@@ -67,6 +69,19 @@ class Scores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     candidate_logprob: list[float]
 
 
+class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What else a model does with one case.
+
+    blank: its greedy tokens for the same prompt and a gray image of the same size, as many as its
+    caption has; prompt: digest of the input tokens; retold: the reference's tokens in this model's
+    words (None for the reference itself).
+    """
+
+    blank: list[int]
+    prompt: str
+    retold: str | None = None
+
+
 class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One caption with its times in seconds; `scores` where logits were compared."""
 
@@ -80,6 +95,7 @@ class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill: float
     decode: list[float]
     scores: Scores | None = None
+    probe: Probe | None = None
 
     @property
     def first_token(self) -> float:

@@ -10,6 +10,7 @@ from statistics import median
 
 import msgspec
 
+from exporter.catalog.schema import Gate
 from exporter.compare.candidates import NOISE_FLOOR, Candidate
 from exporter.compare.jobs import Job, JobCase, JobResult, Role, finished, run_job
 from exporter.compare.speed import SpeedPlan
@@ -18,10 +19,18 @@ from exporter.core.progress import Progress
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: the speed pass, and the disk space for the reference's logits."""
+    """How much is measured, and the margins that the verdict holds the figures to.
+
+    `probes` cases are also captioned with their image blanked; `logits_bytes` is the disk space for
+    the reference's logits; `noise_floor`: run the reference twice; `smoke`: a quick look, whatever the number of images.
+    """
 
     speed: SpeedPlan = field(default_factory=SpeedPlan)
     logits_bytes: int = 4 << 30
+    probes: int = 64
+    noise_floor: bool = True
+    gate: Gate = field(default_factory=Gate)
+    smoke: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,16 @@ def quality_pass(
 ) -> dict[str, JobResult]:
     """Captions and logits: the reference first, then its repetition, then the candidates."""
     reference = candidates[0]
-    first = setting.job(reference, "reference", reference.name, logits_bytes=plan.logits_bytes)
+    probes = min(plan.probes, len(setting.cases))
+    first = setting.job(
+        reference, "reference", reference.name, logits_bytes=plan.logits_bytes, probes=probes
+    )
     other = replace(setting, threads=noise_floor_threads(setting.threads))
     # The reference's digest is part of theirs: scores against another reference are worthless.
-    against = {"reference": first.folder, "reference_job": first.digest}
-    jobs = [other.job(reference, "candidate", NOISE_FLOOR, **against)]
+    against: dict[str, str | int] = {
+        "reference": first.folder, "reference_job": first.digest, "probes": probes,
+    }  # fmt: skip
+    jobs = [other.job(reference, "candidate", NOISE_FLOOR, **against)] if plan.noise_floor else []
     jobs += [setting.job(c, "candidate", c.name, **against) for c in candidates[1:]]
     logits = Path(first.folder) / "logits"
     open_jobs = any(finished(job) is None for job in jobs)

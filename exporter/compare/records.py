@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from exporter.compare.verdict import GateReport
+
 SCHEMA = 1
 
 
@@ -149,7 +151,11 @@ class ChangeRow(Record, frozen=True):
 
 
 class CaptionRow(Record, frozen=True):
-    """What one model said of one image."""
+    """What one model said of one image.
+
+    `ids` are the generated tokens, `blank` those for a blank image (None: not asked) and `prompt` the
+    digest of the input tokens: with them a later `medexport check` needs no reference model.
+    """
 
     text: str
     tokens: int
@@ -158,6 +164,10 @@ class CaptionRow(Record, frozen=True):
     rouge1: float | None
     right: int | None
     changes: tuple[ChangeRow, ...]
+    ids: tuple[int, ...] = ()
+    stopped: bool = True
+    blank: tuple[int, ...] | None = None
+    prompt: str | None = None
 
 
 class CaseRow(Record, frozen=True):
@@ -170,10 +180,14 @@ class CaseRow(Record, frozen=True):
     truth: str | None
     facts: int | None
     captions: dict[str, CaptionRow]
+    sha256: str = ""
 
 
 class Comparison(Record, frozen=True):
-    """Everything that was measured; rows in the order given, the noise floor after the reference."""
+    """Everything that was measured; rows in the order given, the noise floor after the reference.
+
+    `gates` holds a verdict per candidate, and the noise floor's last: the gate on no change at all.
+    """
 
     schema: int
     summary: str
@@ -188,6 +202,14 @@ class Comparison(Record, frozen=True):
     method: dict[str, str]
     rows: tuple[Row, ...]
     cases: tuple[CaseRow, ...] = ()
+    gates: tuple[GateReport, ...] = ()
+
+    def gate(self, name: str) -> GateReport:
+        """The verdict on the candidate called `name`. Raises KeyError."""
+        for gate in self.gates:
+            if gate.candidate == name:
+                return gate
+        raise KeyError(name)
 
     def row(self, name: str) -> Row:
         """The row called `name`. Raises KeyError."""

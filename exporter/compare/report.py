@@ -10,9 +10,10 @@ from typing import Any
 from exporter.compare import html
 from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import CaptionRow, CaseRow, Comparison, Row
-from exporter.compare.table import HEADER, table_cells
+from exporter.compare.table import HEADER, shown_gates, table_cells
 from exporter.compare.wording import (
     DASH,
+    bound_text,
     flips,
     interval,
     megabytes,
@@ -20,11 +21,13 @@ from exporter.compare.wording import (
     percent,
     small,
     smoke_note,
+    verdict_lines,
 )
 
 MAX_FLIPPED = 40
 WORST = 4
 SECTIONS = (
+    ("verdict", "Verdict"),
     ("summary", "Summary"),
     ("changed", "What changed clinically"),
     ("worst", "Largest differences without a flip"),
@@ -45,6 +48,7 @@ BLANKS = (
 def render_report(comparison: Comparison, lineage: Mapping[str, Any]) -> str:
     """One self-contained HTML document; `lineage` is shown as it is, nested values as JSON."""
     bodies = {
+        "verdict": _verdict(comparison),
         "summary": _summary(comparison),
         "changed": _changed(comparison),
         "worst": _worst(comparison),
@@ -62,6 +66,32 @@ def render_report(comparison: Comparison, lineage: Mapping[str, Any]) -> str:
     )
     parts = "".join(html.section(a, t, bodies[a]) for a, t in SECTIONS)
     return html.page(title, f"{head}{parts}</main>\n")
+
+
+def _verdict(c: Comparison) -> str:
+    parts = []
+    for gate in shown_gates(c):
+        css = {"PASS": "none", "FAIL": "flipped"}.get(gate.verdict, "lost")
+        parts.append(
+            f'<p class="{css}">{html.text(gate.label)}: {html.text(gate.candidate)} against '
+            f"{html.text(gate.reference)}</p>\n"
+        )
+        said = [line.strip() for line in verdict_lines(gate)[1:]]
+        parts.append("<ul>" + "".join(f"<li>{html.text(x)}</li>" for x in said) + "</ul>\n")
+        cells = [
+            (q.name, str(q.verdict), q.said, bound_text(q), str(q.images), str(q.patients),
+             str(q.needed or DASH), q.method)
+            for q in gate.quantities
+        ]  # fmt: skip
+        cells += [
+            (name, DASH, f"not measured: {why}", DASH, DASH, DASH, DASH, DASH)
+            for name, why in gate.not_measured.items()
+        ]
+        header = ("quantity", "verdict", "seen", "one-sided 95 % bounds and margin", "images",
+                  "patients", "images needed", "method")  # fmt: skip
+        title = f"Gated quantities of {gate.candidate}, likeliest cause first"
+        parts.append(html.table(title, header, cells, words=4))
+    return "".join(parts) or "<p>No verdict: there is nothing to hold against the reference.</p>\n"
 
 
 def _summary(c: Comparison) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import lgamma, log, log1p, sqrt
+from math import log, log1p, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,16 +92,10 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     if p >= 1:
         return 0.0
     i = np.arange(k + 1)
-    logs = _log_choose(n)[: k + 1] + i * log(p) + (n - i) * log1p(-p)
+    # log(n over i) as a running sum: only the k + 1 terms that are needed.
+    steps = np.log(n - i[:-1]) - np.log(i[1:])
+    logs = np.concatenate([[0.0], np.cumsum(steps)]) + i * log(p) + (n - i) * log1p(-p)
     return min(1.0, float(np.exp(logs).sum()))
-
-
-@cache
-def _log_choose(n: int) -> NDArray[np.float64]:
-    """log(n over i) for i = 0..n."""
-    logs = np.array([lgamma(i + 1) for i in range(n + 1)])
-    chosen: NDArray[np.float64] = logs[n] - logs - logs[::-1]
-    return chosen
 
 
 def clopper_pearson(events: int, trials: int, confidence: float = CONFIDENCE) -> Interval:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
+from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import Comparison, Row
+from exporter.compare.verdict import GateReport
 from exporter.compare.wording import (
     DASH,
+    bound_text,
     flips,
     interval,
     megabytes,
@@ -14,6 +18,7 @@ from exporter.compare.wording import (
     percent,
     small,
     smoke_note,
+    verdict_lines,
 )
 
 WIDTH = 100
@@ -24,13 +29,43 @@ HEADER = (
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """The table and its footnotes; no trailing newline, at most 100 columns for usual names."""
+    """The verdicts, the table and its footnotes; no trailing newline, at most 100 columns wide."""
     rows = [HEADER, *(table_cells(row) for row in comparison.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
+    lines = [*verdict_text(shown_gates(comparison)), *lines]
     for note in _notes(comparison):
         lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def shown_gates(comparison: Comparison) -> list[GateReport]:
+    """The verdicts on the candidates; where there is none, the one on the reference's repetition."""
+    candidates = [g for g in comparison.gates if g.candidate != NOISE_FLOOR]
+    return candidates or list(comparison.gates)
+
+
+def verdict_text(gates: Sequence[GateReport]) -> list[str]:
+    """The verdicts as wrapped lines with an empty one below; nothing where there is no verdict."""
+    lines = []
+    for gate in gates:
+        for line in verdict_lines(gate):
+            more = "    " if line.startswith(" ") else "  "
+            lines += textwrap.wrap(line, WIDTH, subsequent_indent=more)
+    return [*lines, ""] if lines else []
+
+
+def gate_table(report: GateReport) -> str:
+    """One screen: the verdict, then each quantity with its bounds and margin."""
+    lines = verdict_text([report])
+    for quantity in report.quantities:
+        text = f"{quantity.verdict:<12}  {quantity.name}: {quantity.said}; {bound_text(quantity)}"
+        if quantity.needed:
+            text += f"; {quantity.needed} images would decide"
+        lines += textwrap.wrap(text, WIDTH, subsequent_indent=" " * 14)
+    for name, why in report.not_measured.items():
+        lines.append(f"{'-':<12}  {name}: not measured, {why}")
     return "\n".join(lines)
 
 

@@ -8,10 +8,9 @@ from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import Comparison, Figure, Row
 from exporter.compare.speed import NOISY
 from exporter.compare.statistics import RESAMPLES, SEED
+from exporter.compare.verdict import ENOUGH_IMAGES, GateReport, Quantity
 
 DASH = "-"
-# Images without a flip that show a flip rate under 2 per cent at 95 per cent confidence.
-ENOUGH_IMAGES = 149
 
 
 def megabytes(count: int | None) -> str:
@@ -57,6 +56,40 @@ def interval(figure: Figure, *, share: bool = False, signed: bool = False) -> st
     )
 
 
+def bound_text(quantity: Quantity) -> str:
+    """A quantity with its one-sided bounds and its margin, such as "1.2 % [.., 2.9 %], allowed 2 %"."""
+
+    def one(value: float | None) -> str:
+        if value is None:
+            return "unbounded"
+        return f"{100 * value:.1f} %" if quantity.share else f"{value:.3g}"
+
+    # What must not happen at all has no interval.
+    inside = "" if quantity.at_most == 0 else f" [{one(quantity.low)}, {one(quantity.high)}]"
+    margins = [
+        f"{word} {one(limit)}"
+        for word, limit in (("at least", quantity.at_least), ("at most", quantity.at_most))
+        if limit is not None
+    ]
+    return f"{one(quantity.value)}{inside}, allowed {' and '.join(margins)}"
+
+
+def verdict_lines(report: GateReport) -> list[str]:
+    """The verdict, its reasons and what would decide it: first in every output."""
+    lines = [f"{report.label}: {report.candidate} against {report.reference}"]
+    lines += [f"  {'because' if i == 0 else 'and'} {r}" for i, r in enumerate(report.reasons)]
+    if report.verdict == "INCONCLUSIVE":
+        lines.append(
+            f"  {report.images} images of {report.patients} patients; "
+            + (
+                f"{report.needed} images would decide it, if it goes on as seen"
+                if report.needed
+                else "no number of images can be named that would decide it"
+            )
+        )
+    return lines
+
+
 def flips(row: Row) -> str:
     """Flipped facts and the images they are on."""
     if row.moved is None:
@@ -67,7 +100,12 @@ def flips(row: Row) -> str:
 
 def summary_line(comparison: Comparison) -> str:
     """One line on all candidates, for manifests and cards."""
-    said = [_summary(row) for row in comparison.rows if row.role == "candidate"]
+    verdicts = {g.candidate: f"{g.label}: " for g in comparison.gates}
+    said = [
+        verdicts.get(row.name, "") + _summary(row)
+        for row in comparison.rows
+        if row.role == "candidate"
+    ]
     body = "; ".join(said) if said else "the reference alone"
     return (
         f"against {comparison.reference} on {comparison.images} images of "
@@ -125,6 +163,15 @@ def method_lines(rows: Sequence[Row], threads: int, floor_threads: int) -> dict[
         "intervals": (
             f"95 %, percentile bootstrap over patients, {RESAMPLES:,} resamples, seed {SEED}; "
             "differences are paired by image"
+        ),
+        "gate": (
+            "margins from the profile, fixed before the run; one-sided 95 % bounds: Tango's score "
+            "interval for paired shares, exact for flips (both on the effective number of images where "
+            "a patient's images are alike), studentised bootstrap over patients for means; PASS: all "
+            "bounds inside, FAIL: a whole interval outside, else INCONCLUSIVE"
+        ),
+        "image use": (
+            "the same prompt with a gray image of the same size, on up to 64 images spread over the set"
         ),
         "bytes": "files of the model folder, graphs with their external data",
     }

@@ -16,12 +16,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.compare.jobs import CaseResult, Job, JobCase, JobResult, Scores, read_result
+from exporter.compare.blank import Probed, probe_case, probed_ids
+from exporter.compare.jobs import (
+    CaseResult,
+    Job,
+    JobCase,
+    JobResult,
+    Probe,
+    Scores,
+    read_result,
+)
 from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
 from exporter.compare.quality.distribution import compare_logits
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.errors import InputRefused, MedexportError
-from exporter.runtimes.base import Caption, Captioner
+from exporter.runtimes.base import Caption
 from exporter.runtimes.images import open_image
 
 LIBRARIES = {"ort": ("onnxruntime", "numpy"), "torch": ("torch", "transformers", "numpy")}
@@ -39,26 +48,33 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(job: Job) -> None:
-    """Load, warm up, caption and score every case, and write `folder`/result.json in one rename."""
+    """Load, ask and measure, and write `folder`/result.json in one rename."""
     start = perf_counter()
     captioner = open_captioner(job.runtime, Path(job.model_dir), job.threads)
-    load_seconds = perf_counter() - start
+    result = answer(job, captioner, perf_counter() - start)
+    write_atomic(Path(job.folder) / "result.json", msgspec.json.encode(result))
+
+
+def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
+    """Warm up, then caption, score and probe every case with a loaded model."""
     _caption(captioner, job, job.cases[0])
     peak_load, reset = peak_rss(), reset_peak()
     spill = _Spill(Path(job.folder) / "logits", job.logits_bytes)
-    tokens = _reference_tokens(job)
+    tokens, probed = _reference_tokens(job), probed_ids(job)
     cases: list[CaseResult] = []
     for case in job.cases:
         caption = _caption(captioner, job, case)
-        scores = None
+        scores = probe = None
         if job.role == "reference":
             spill.keep(len(cases), _score(captioner, job, case, caption.tokens))
         elif job.role == "candidate":
             scores = _compare(captioner, job, case, tokens[case.id], len(cases))
-        cases.append(_result(case, caption, scores))
+        if case.id in probed:
+            probe = probe_case(captioner, job, case, caption, tokens.get(case.id))
+        cases.append(_result(case, caption, scores, probe))
         sys.stdout.write(f"{case.id}\n")
         sys.stdout.flush()
-    result = JobResult(
+    return JobResult(
         job=job.digest,
         load_seconds=load_seconds,
         peak_load=peak_load,
@@ -68,10 +84,9 @@ def run(job: Job) -> None:
         versions=_versions(job.runtime),
         cases=cases,
     )
-    write_atomic(Path(job.folder) / "result.json", msgspec.json.encode(result))
 
 
-def open_captioner(runtime: str, model_dir: Path, threads: int) -> Captioner:
+def open_captioner(runtime: str, model_dir: Path, threads: int) -> Probed:
     """The runtime of that name with the model loaded. Raises `InputRefused` for another name."""
     if runtime == "ort":
         from exporter.runtimes.ort import OrtCaptioner
@@ -116,18 +131,18 @@ def _reference_tokens(job: Job) -> dict[str, list[int]]:
     return {c.id: c.tokens for c in result.cases}
 
 
-def _caption(captioner: Captioner, job: Job, case: JobCase) -> Caption:
+def _caption(captioner: Probed, job: Job, case: JobCase) -> Caption:
     return captioner.caption(open_image(Path(case.image)), job.prompt, job.max_new_tokens)
 
 
 def _score(
-    captioner: Captioner, job: Job, case: JobCase, tokens: Sequence[int]
+    captioner: Probed, job: Job, case: JobCase, tokens: Sequence[int]
 ) -> NDArray[np.float32]:
     return captioner.score(open_image(Path(case.image)), job.prompt, tokens)
 
 
 def _compare(
-    captioner: Captioner, job: Job, case: JobCase, tokens: Sequence[int], index: int
+    captioner: Probed, job: Job, case: JobCase, tokens: Sequence[int], index: int
 ) -> Scores | None:
     path = _logits_path(Path(job.reference or ""), index)
     if not path.is_file():
@@ -145,7 +160,9 @@ def _compare(
     )
 
 
-def _result(case: JobCase, caption: Caption, scores: Scores | None) -> CaseResult:
+def _result(
+    case: JobCase, caption: Caption, scores: Scores | None, probe: Probe | None
+) -> CaseResult:
     timing = caption.timing
     return CaseResult(
         id=case.id,
@@ -158,6 +175,7 @@ def _result(case: JobCase, caption: Caption, scores: Scores | None) -> CaseResul
         prefill=timing.prefill,
         decode=list(timing.decode),
         scores=scores,
+        probe=probe,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,27 @@ from exporter.core.tensors import ITEM_BYTES, SafetensorsWriter
 REPORT = "quantization.json"
 SCHEMA = 1
 MAX_FLOAT16 = 65504.0
+
+
+class Entry(Protocol):
+    """Something that will be stored under the name of one tensor of the model."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the model."""
+        ...
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored tensors: name to (dtype, shape)."""
+        ...
+
+    def arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The same with their values."""
+        ...
+
+    def row(self) -> dict[str, Any]:
+        """Its row of quantization.json, without sizes and method; a float one has a reason."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,18 @@ class PackedEntry:
         if packed.zero_points is not None:
             yield self.name + ZEROS, packed.zero_points
 
+    def row(self) -> dict[str, Any]:
+        """Its row of quantization.json."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "bits": self.format.bits,
+            "block": self.format.block,
+            "symmetric": self.format.symmetric,
+            "columns": self.columns,
+            "rows": self.rows,
+        }
+
 
 @dataclass(frozen=True)
 class FloatEntry:
@@ -71,16 +104,25 @@ class FloatEntry:
         """The same with its values; refuses what float16 cannot hold."""
         yield self.name, as_float16(self.name, self.read())
 
+    def row(self) -> dict[str, Any]:
+        """Its row of quantization.json."""
+        return {"name": self.name, "reason": self.reason}
+
 
 @dataclass(frozen=True)
 class Imported:
-    """What a reader found: the entries in storage order, and notes for the user."""
+    """What a reader found: the entries in storage order, and notes for the user.
+
+    `errors` is filled while the entries are written, where an original is there to compare with:
+    Frobenius norm of the error over that of the matrix.
+    """
 
     scheme: str
     method: str
-    entries: Sequence[PackedEntry | FloatEntry]
+    entries: Sequence[Entry]
     notes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def as_float16(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -98,8 +140,8 @@ def write_folder(
 ) -> Imported:
     """Write the quantized folder into the empty folder `out`, with the small files of `source`.
 
-    One matrix is in memory at a time; what was lost against the original float model is unknown, so
-    `relative_error` is null in quantization.json. Raises `InputRefused` for a damaged tensor.
+    One matrix is in memory at a time. `relative_error` is null in quantization.json where there was
+    no original to compare with. Raises `InputRefused` for a damaged tensor.
     """
     declared = {n: e for entry in found.entries for n, e in entry.tensors().items()}
     sizes = {n: ITEM_BYTES[d] * int(np.prod(s, dtype=np.int64)) for n, (d, s) in declared.items()}
@@ -113,32 +155,23 @@ def write_folder(
             for name, array in entry.arrays():
                 writer.write(name, array)
             progress(done, len(found.entries), entry.name)
-    rows = {e.name: sum(sizes[n] for n in e.tensors()) for e in found.entries}
-    document = {
-        "schema": SCHEMA,
-        "scheme": found.scheme,
-        "layers": [_row(e, found, rows) for e in found.entries if isinstance(e, PackedEntry)],
-        "floats": [
-            {"name": e.name, "reason": e.reason, "bytes": rows[e.name]}
-            for e in found.entries
-            if isinstance(e, FloatEntry)
-        ],
-        "notes": list(found.notes),
-    }
-    (out / REPORT).write_bytes(canonical_json(document))
+    (out / REPORT).write_bytes(canonical_json(_document(found, sizes)))
     return found
 
 
-def _row(entry: PackedEntry, found: Imported, sizes: dict[str, int]) -> dict[str, Any]:
+def _document(found: Imported, sizes: dict[str, int]) -> dict[str, Any]:
+    layers, floats = [], []
+    for entry in found.entries:
+        row = {**entry.row(), "bytes": sum(sizes[n] for n in entry.tensors())}
+        if "reason" in row:
+            floats.append(row)
+        else:
+            error = found.errors.get(entry.name)
+            layers.append({**row, "method": found.method, "relative_error": error})
     return {
-        "name": entry.name,
-        "kind": entry.kind,
-        "bits": entry.format.bits,
-        "block": entry.format.block,
-        "symmetric": entry.format.symmetric,
-        "columns": entry.columns,
-        "rows": entry.rows,
-        "method": found.method,
-        "relative_error": None,
-        "bytes": sizes[entry.name],
+        "schema": SCHEMA,
+        "scheme": found.scheme,
+        "layers": layers,
+        "floats": floats,
+        "notes": list(found.notes),
     }

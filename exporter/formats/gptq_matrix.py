@@ -80,10 +80,15 @@ def zero_points(qzeros: Words, bits: int, version: int) -> NDArray[np.uint8]:
 
 
 def check_tensors(tensors: GptqTensors, bits: int, rows: int, columns: int, name: str) -> None:
-    """Raise `InputRefused` when the shapes do not belong to an ``[N, K]`` matrix, a g_idx leads out
-    of the groups, or a scale is not finite."""
-    groups = tensors.scales.shape[0] if tensors.scales.ndim == 2 else 0
-    word = per_word(bits)
+    """Raise `InputRefused` unless the tensors are those of an ``[N, K]`` matrix.
+
+    Shapes must fit, g_idx stay within the groups, scales be finite.
+    """
+    if tensors.scales.ndim != 2 or not tensors.scales.size:
+        raise InputRefused(
+            f"'{name}.scales' has shape {list(tensors.scales.shape)}; expected [groups, {rows}]"
+        )
+    groups, word = len(tensors.scales), per_word(bits)
     expected = {
         "qweight": (columns // word, rows),
         "qzeros": (groups, rows // word),
@@ -92,7 +97,7 @@ def check_tensors(tensors: GptqTensors, bits: int, rows: int, columns: int, name
     }
     for part, shape in expected.items():
         found = getattr(tensors, part).shape
-        if found != shape or not groups or columns % word or rows % word:
+        if found != shape or columns % word or rows % word:
             raise InputRefused(
                 f"'{name}.{part}' has shape {list(found)}; expected {list(shape)} for a {bits}-bit "
                 f"[{rows}, {columns}] matrix"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ class _Reader:
         return [note] if note else []
 
     def matrices(self, notes: list[str]) -> Iterator[PackedEntry | FloatEntry]:
+        """Entries of all quantized modules; adds to `notes` what had to become float."""
         floats = []
         for module in self.modules:
             weight = f"{module.name}.weight"
@@ -89,7 +91,7 @@ class _Reader:
                 floats.append(module.name)
                 shape = (module.rows, module.columns)
                 reason = "its groups are no blocks of neighbours (desc_act): dequantized"
-                yield FloatEntry(weight, shape, reason, lambda m=module: self.dequantized(m))
+                yield FloatEntry(weight, shape, reason, partial(self.dequantized, module))
                 continue
             form = BlockFormat(module.bits, module.block, module.symmetric)
             yield PackedEntry(
@@ -98,7 +100,7 @@ class _Reader:
                 module.rows,
                 module.columns,
                 form,
-                lambda m=module: self.packed(m),
+                partial(self.packed, module),
             )
         if floats:
             notes.append(
@@ -116,12 +118,12 @@ class _Reader:
             self._g_idx(name, module.columns, module.bits),
         )
         check_tensors(found, module.bits, module.rows, module.columns, name)
-        self._refuse_ambiguous(found, module)
         return found
 
     def packed(self, module: _Module) -> PackedMatrix:
+        """The module as packed blocks."""
         packed = from_gptq(
-            self.tensors(module),
+            self._unambiguous(module),
             module.bits,
             self.version,
             symmetric=module.symmetric,
@@ -132,7 +134,8 @@ class _Reader:
         return packed
 
     def dequantized(self, module: _Module) -> NDArray[np.float32]:
-        return dequantize_gptq(self.tensors(module), module.bits, self.version)
+        """The module as float32 ``[rows, columns]``."""
+        return dequantize_gptq(self._unambiguous(module), module.bits, self.version)
 
     def _module(self, name: str) -> _Module:
         settings, where = self.source.settings, self.source.folder
@@ -142,7 +145,9 @@ class _Reader:
         bits, group = of
         shape = self.source.checkpoint.info(f"{name}.qweight").shape
         if len(shape) != 2 or 0 in shape:
-            raise InputRefused(f"{where}: '{name}.qweight' has shape {list(shape)}; expected two axes")
+            raise InputRefused(
+                f"{where}: '{name}.qweight' has shape {list(shape)}; expected two axes"
+            )
         columns, rows = shape[0] * per_word(bits), shape[1]
         g_idx = self._g_idx(name, columns, bits)
         scales = self.source.checkpoint.info(f"{name}.scales").shape
@@ -172,15 +177,19 @@ class _Reader:
                 )
             return g_idx
         if self.source.settings.desc_act:
-            raise InputRefused(f"'{key}' is missing, and desc_act needs it; the checkpoint is damaged")
+            raise InputRefused(
+                f"'{key}' is missing, and desc_act needs it; the checkpoint is damaged"
+            )
         of = self.source.settings.of(name)
         group = columns if of is None or of[1] == -1 else of[1]
         return np.arange(columns, dtype=np.int32) // np.int32(group)
 
-    def _refuse_ambiguous(self, tensors: GptqTensors, module: _Module) -> None:
+    def _unambiguous(self, module: _Module) -> GptqTensors:
+        """The tensors, unless loaders would read their zero points differently."""
+        tensors = self.tensors(module)
         # A field of ones in version 1 is a zero point 0 by GPTQModel (with a borrow), 16 by others.
         if self.version != 1 or "gptqmodel" in self.source.settings.quantizer.lower():
-            return
+            return tensors
         top = (1 << module.bits) - 1
         fields = unpack_words(tensors.qzeros, module.bits)
         count = int((fields == top).sum())
@@ -190,4 +199,4 @@ class _Reader:
                 "loaders read differently (as 0, as one more than the largest code, or as a borrow), "
                 "and no known writer is named; convert it to gptq_v2 with the tool that wrote it"
             )
-
+        return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,13 +76,25 @@ def read_settings(folder: Path) -> Settings:
         )
     parsed = {name: _parsed(f"{folder / name}", values) for name, values in found.items()}
     first, *others = parsed
+    settings = parsed[first]
     for other in others:
-        if parsed[other] != parsed[first]:
+        settings = _agreed(folder, (first, settings), (other, parsed[other]))
+    return settings
+
+
+def _agreed(folder: Path, one: tuple[str, Settings], other: tuple[str, Settings]) -> Settings:
+    """One of two settings that differ in nothing but what one of them leaves open."""
+    (name, left), (name2, right) = one, other
+    for key in ("method", "bits", "group", "symmetric", "desc_act", "version", "dynamic"):
+        a, b = getattr(left, key), getattr(right, key)
+        if a != b and not (key == "version" and 0 in (a, b)):
             raise InputRefused(
-                f"{folder}: {first} and {other} disagree ({parsed[first]} against {parsed[other]}); "
-                "correct the wrong one"
+                f"{folder}: {name} and {name2} disagree on {key} ({a!r} against {b!r}); correct the "
+                "wrong one"
             )
-    return parsed[first]
+    return replace(
+        left, version=left.version or right.version, quantizer=left.quantizer or right.quantizer
+    )
 
 
 def _parsed(where: str, values: Mapping[str, Any]) -> Settings:
@@ -92,7 +104,9 @@ def _parsed(where: str, values: Mapping[str, Any]) -> Settings:
     bits = values.get("bits", values.get("w_bit"))
     group = values.get("group_size", values.get("q_group_size", -1))
     _check_numbers(where, bits, group)
-    label = str(values.get("checkpoint_format", values.get("format", values.get("version", "")))).lower()
+    label = str(
+        values.get("checkpoint_format", values.get("format", values.get("version", "")))
+    ).lower()
     zero_point = values.get("zero_point", True)
     symmetric = values.get("sym", True) if method == "gptq" else not zero_point
     meta = values.get("meta")
@@ -131,11 +145,13 @@ def _dynamic(where: str, value: Any) -> tuple[tuple[str, Mapping[str, Any] | Non
         return ()
     if not isinstance(value, dict):
         raise InputRefused(f"{where}: dynamic is a {type(value).__name__}; expected an object")
-    rules = []
+    rules: list[tuple[str, Mapping[str, Any] | None]] = []
     for name, values in value.items():
         pattern = name.removeprefix("+:").removeprefix("-:")
         if len(pattern) > MAX_PATTERN or COSTLY.search(pattern):
-            raise InputRefused(f"{where}: dynamic pattern {pattern[:80]!r} may take for ever; refused")
+            raise InputRefused(
+                f"{where}: dynamic pattern {pattern[:80]!r} may take for ever; refused"
+            )
         try:
             re.compile(pattern)
         except re.error as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
@@ -54,14 +56,14 @@ class Source:
         """linear, head or embedding, for the weight `name`."""
         return {self.decoder.head: "head", self.decoder.embedding: "embedding"}.get(name, "linear")
 
-    def take(self, name: str, dtype: str) -> np.ndarray[Any, Any]:
+    def take(self, name: str, dtype: str) -> NDArray[Any]:
         """A tensor of the given dtype. Raises `InputRefused` when it is missing or of another."""
         info = self.checkpoint.info(name)
         if info.dtype != dtype:
             raise InputRefused(f"{info.file}: '{name}' is {info.dtype}; expected {dtype}")
         return self.checkpoint.raw(name)
 
-    def scales(self, module: str) -> np.ndarray[Any, np.dtype[np.float16]]:
+    def scales(self, module: str) -> NDArray[np.float16]:
         """Scales as float16; other floats are converted when float16 holds them."""
         name = f"{module}.scales"
         values = self.checkpoint.float32(name)
@@ -85,12 +87,14 @@ class Source:
             if not self.is_float(name, modules):
                 continue
             if info.dtype not in FLOATS:
-                raise InputRefused(f"{info.file}: '{name}' is {info.dtype}; expected floating point")
+                raise InputRefused(
+                    f"{info.file}: '{name}' is {info.dtype}; expected floating point"
+                )
             module = name.removesuffix(".bias")
-            if module in modules and module != name and module.startswith(self.decoder.prefix):
-                if not self.checkpoint.float32(name).any():
-                    zeros.append(name)
-                    continue
+            added = module != name and module in modules and module.startswith(self.decoder.prefix)
+            if added and not self.checkpoint.float32(name).any():
+                zeros.append(name)
+                continue
             if name == self.decoder.head and self._is_tied_copy(name):
                 notes.append(f"'{name}' is the tied embedding and was left out")
                 continue
@@ -106,8 +110,8 @@ class Source:
         same = (one.dtype, one.shape) == (other.dtype, other.shape)
         return same and self.checkpoint.same_bytes(name, table)
 
-    def _reader(self, name: str) -> Any:
-        return lambda: self.checkpoint.float32(name)
+    def _reader(self, name: str) -> Callable[[], NDArray[np.float32]]:
+        return partial(self.checkpoint.float32, name)
 
 
 def untied(source: Source, notes: list[str]) -> dict[str, Any]:
@@ -124,7 +128,9 @@ def untied(source: Source, notes: list[str]) -> dict[str, Any]:
 
 def _open_weights(folder: Path) -> Checkpoint:
     # GPTQ writers name the file model.safetensors or gptq_model-4bit-128g.safetensors.
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+    if (folder / "model.safetensors").is_file() or (
+        folder / "model.safetensors.index.json"
+    ).is_file():
         return Checkpoint.open(folder)
     found = sorted(folder.glob("gptq_model*.safetensors"))
     return Checkpoint([found[0]]) if len(found) == 1 else Checkpoint.open(folder)

@@ -26,7 +26,8 @@ def pack_bytes(values: Codes, bits: int) -> Codes:
         return values
     if values.shape[-1] % 2:
         values = np.concatenate((values, np.zeros_like(values[..., :1])), axis=-1)
-    return values[..., ::2] | values[..., 1::2] << 4
+    packed: Codes = values[..., ::2] | np.left_shift(values[..., 1::2], np.uint8(4))
+    return packed
 
 
 def pack_words(values: Codes, bits: int) -> Words:

@@ -8,6 +8,8 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
+from exporter.core.errors import InputRefused
+from exporter.core.nf4 import Nf4Matrix
 from exporter.families.base import DecoderSpec
 from exporter.graphs.linear import float_weight
 from exporter.graphs.weights import WeightSource
@@ -28,6 +30,11 @@ def write_embedding(folder: Path, spec: DecoderSpec, weights: WeightSource) -> W
         table = weights.matrix(spec.embedding, spec.vocab_size, spec.hidden_size)
         if isinstance(table, PackedMatrix):
             _gather_packed(writer, table, ids, out)
+        elif isinstance(table, Nf4Matrix):
+            raise InputRefused(
+                f"'{spec.embedding}' is stored in NF4, of which rows cannot be looked up; keep the "
+                "embedding in float16"
+            )
         else:
             stored = writer.weight("embedding.weight", table)
             rows = writer.node("Gather", "gather", [stored, ids])

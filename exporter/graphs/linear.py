@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
+from exporter.core.nf4 import Nf4Matrix
 from exporter.graphs.weights import FloatArray, Matrix
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
@@ -37,6 +38,8 @@ def linear(
     in each call: little beside a thousand rows of x, ruinous for one. `output` names the result.
     """
     outputs = None if output is None else [output]
+    if isinstance(matrix, Nf4Matrix):
+        return _linear_nf4(writer, name, x, matrix, outputs)
     if not isinstance(matrix, PackedMatrix):
         # Turned here: a Transpose node would be folded at load, for twice the memory.
         weight = float_weight(writer, f"{name}.weight", _turned(matrix))
@@ -61,6 +64,29 @@ def linear(
             "bits": form.bits,
             "block_size": form.block,
             "accuracy_level": accuracy_level,
+        },
+    )
+
+
+def _linear_nf4(
+    writer: GraphWriter, name: str, x: str, matrix: Nf4Matrix, outputs: list[str] | None
+) -> str:
+    """NF4 of bitsandbytes as onnxruntime's MatMulBnb4 (quant_type 1), which computes in float32."""
+    return writer.node(
+        "MatMulBnb4",
+        name,
+        [
+            x,
+            writer.weight(f"{name}.nf4", matrix.data),
+            writer.weight(f"{name}.absmax", matrix.absmax),
+        ],
+        domain=MICROSOFT,
+        outputs=outputs,
+        attributes={
+            "K": matrix.columns,
+            "N": matrix.rows,
+            "block_size": matrix.block,
+            "quant_type": 1,
         },
     )
 

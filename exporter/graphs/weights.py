@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
+from exporter.core.nf4 import NF4_DATA, NF4_SCALES, Nf4Matrix, nf4_shapes
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, Checkpoint, to_float32
 
 FloatStorage = Literal["float16", "float32"]
 FloatArray = NDArray[np.float16] | NDArray[np.float32]
-Matrix = FloatArray | PackedMatrix
+Matrix = FloatArray | PackedMatrix | Nf4Matrix
 
 QUANTIZATION = "quantization.json"
 # Buffers that older transformers saved although they follow from the config.
@@ -49,7 +50,7 @@ class WeightSource:
         packed = self._formats.keys()
         return sum(
             math.prod(i.shape) * item
-            if i.dtype in FLOATS and i.name.removesuffix(SCALES) not in packed
+            if i.dtype in FLOATS and i.name.rpartition(".")[0] not in packed
             else i.nbytes
             for i in infos
         )
@@ -70,6 +71,8 @@ class WeightSource:
         """
         if name not in self._formats:
             return self.array(name, (rows, columns), again=again)
+        if name + NF4_DATA in self._checkpoint:
+            return self._nf4(name, rows, columns, again=again)
         form, stored_columns = self._formats[name]
         blocks = -(-columns // form.block)
         if stored_columns != columns:
@@ -85,6 +88,14 @@ class WeightSource:
             zeros = self._take(name + ZEROS, "U8", (rows, -(-blocks * form.bits // 8)), again=again)
         self.bits[name] = form.bits
         return PackedMatrix(form, columns, qdata, scales, zeros)
+
+    def _nf4(self, name: str, rows: int, columns: int, *, again: bool) -> Nf4Matrix:
+        block = self._formats[name][0].block
+        size, maxima = nf4_shapes(rows, columns, block)
+        data = self._take(name + NF4_DATA, "U8", (size,), again=again)
+        absmax = self._take(name + NF4_SCALES, "F32", (maxima,), again=again)
+        self.bits[name] = 4
+        return Nf4Matrix(rows, columns, block, data, absmax)
 
     def array(self, name: str, shape: Sequence[int], *, again: bool = False) -> FloatArray:
         """A float tensor in the storage dtype. Values that float16 cannot hold are refused."""
@@ -145,9 +156,11 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
 
     Raises ValueError unless all parts have one format.
     """
+    if any(isinstance(p, Nf4Matrix) for p in parts):
+        return _stack_nf4([p for p in parts if isinstance(p, Nf4Matrix)], len(parts))
     packed = [p for p in parts if isinstance(p, PackedMatrix)]
     if not packed:
-        return np.concatenate([p for p in parts if not isinstance(p, PackedMatrix)])
+        return np.concatenate([p for p in parts if isinstance(p, np.ndarray)])
     first = packed[0]
     if len(packed) != len(parts) or any(p.format != first.format for p in packed):
         raise ValueError("matrices of different formats cannot be stacked")
@@ -161,8 +174,27 @@ def stack_rows(parts: Sequence[Matrix]) -> Matrix:
     )
 
 
+def _stack_nf4(parts: Sequence[Nf4Matrix], count: int) -> Nf4Matrix:
+    # Blocks run over the flattened matrix: whole ones only stay blocks when rows are added.
+    first = parts[0]
+    if len(parts) != count or any(p.rows * p.columns % p.block for p in parts):
+        raise ValueError("matrices of different formats, or of broken blocks, cannot be stacked")
+    return Nf4Matrix(
+        sum(p.rows for p in parts),
+        first.columns,
+        first.block,
+        np.concatenate([p.data for p in parts]),
+        np.concatenate([p.absmax for p in parts]),
+    )
+
+
 def _read_formats(folder: Path, checkpoint: Checkpoint) -> dict[str, tuple[BlockFormat, int]]:
-    packed = {n.removesuffix(QDATA) for n in checkpoint.tensors if n.endswith(QDATA)}
+    packed = {
+        n.removesuffix(end)
+        for n in checkpoint.tensors
+        for end in (QDATA, NF4_DATA)
+        if n.endswith(end)
+    }
     path = folder / QUANTIZATION
     if not path.is_file():
         if packed:

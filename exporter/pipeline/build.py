@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from exporter.bundle.package import package as write_bundle
 from exporter.catalog.schema import TargetProfile
 from exporter.core.artifact import atomic_directory
 from exporter.core.errors import InputRefused
+from exporter.core.progress import Progress
 from exporter.pipeline import stages as do
+from exporter.pipeline.calibrated import Calibration, open_calibration, quantize_calibrated
 from exporter.pipeline.request import BuildRequest
 from exporter.pipeline.resolve import Resolved, resolve
 from exporter.pipeline.stage import Artifact, Reporter, Stages
@@ -27,8 +30,6 @@ from exporter.runtimes.threads import usable_cores
 
 if TYPE_CHECKING:
     from exporter.compare.compare import Comparison
-
-STAGES = 9
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class _Build:
     schemes: Mapping[str, Scheme]
     stages: Stages
     evaluation: do.Evaluation | None
+    calibration: Calibration | None
 
     @property
     def prompt(self) -> str:
@@ -97,12 +99,29 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     names = dict.fromkeys((request.scheme, *request.also))
     schemes = {n: find_scheme(found.profile.schemes.get(n, n)) for n in names}
     evaluation = _evaluation(request, found) if request.compare else None
+    calibration = None
+    if any(scheme.calibrated for scheme in schemes.values()):
+        calibration = open_calibration(
+            request.calibration or found.profile.calibration,
+            request.calibration_samples,
+            request.prompt or found.profile.prompts.default,
+            evaluation.images if evaluation else None,
+        )
+    reporter.expect(count_stages(schemes.values(), compare=request.compare))
     reporter.end(
         0.0, cached=False, note=f"{found.tensors} tensors, {found.weight_bytes / 1e6:.1f} MB"
     )
     request.work_folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(request.work_folder, reporter, request.resume)
-    return _run(_Build(request, found, target, schemes, stages, evaluation))
+    return _run(_Build(request, found, target, schemes, stages, evaluation, calibration))
+
+
+def count_stages(schemes: Iterable[Scheme], *, compare: bool) -> int:
+    """How many stages a build of these schemes has."""
+    kinds = list(schemes)
+    reference = compare or any(s.calibrated for s in kinds)
+    per_scheme = sum(2 if s.quantizes else 0 if reference else 1 for s in kinds)
+    return 3 + reference + per_scheme + (3 if compare else 0)
 
 
 def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
@@ -117,11 +136,12 @@ def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
 
 def _run(b: _Build) -> BuildResult:
     merged = _merge(b)
-    quantized = {name: _quantize(b, merged, scheme) for name, scheme in b.schemes.items()}
+    needed = b.evaluation or any(scheme.calibrated for scheme in b.schemes.values())
+    reference = _export(b, merged, do.REFERENCE) if needed else merged
+    quantized = {n: _quantize(b, merged, reference, scheme) for n, scheme in b.schemes.items()}
     exported = {name: _export(b, q, b.schemes[name].name) for name, q in quantized.items()}
     parity = comparison = None
     if b.evaluation:
-        reference = _export(b, merged, do.REFERENCE)
         fp32 = _export(b, merged, "fp32")
         parity = _parity(b, b.evaluation, merged, fp32, _pairs(b, quantized, exported))
         comparison = _compare(b, b.evaluation, reference, exported)
@@ -140,18 +160,38 @@ def _merge(b: _Build) -> Artifact:
     )
 
 
-def _quantize(b: _Build, merged: Artifact, scheme: Scheme) -> Artifact:
+def _quantize(b: _Build, merged: Artifact, reference: Artifact, scheme: Scheme) -> Artifact:
     if not scheme.quantizes:
         return merged
+    calibration = b.calibration if scheme.calibrated else None
+    options: dict[str, Any] = {"scheme": repr(scheme)}
+
+    def make(folder: Path, progress: Progress) -> None:
+        if calibration is None:
+            quantize_model(merged.path, folder, scheme, threads=b.threads, progress=progress)
+            return
+        scratch = b.stages.work / f"calibration-{scheme.name}.scratch"
+        quantize_calibrated(
+            merged.path,
+            reference.path,
+            folder,
+            scheme,
+            calibration,
+            scratch,
+            threads=b.threads,
+            progress=progress,
+        )
+        shutil.rmtree(scratch)
+
+    if calibration:
+        options["calibration"] = calibration.options()
     return b.stages.run(
         "quantize",
-        lambda folder, p: quantize_model(
-            merged.path, folder, scheme, threads=b.threads, progress=p
-        ),
+        make,
         version=1,
         parents=[merged.key],
-        options={"scheme": repr(scheme)},
-        detail=scheme.name,
+        options=options,
+        detail=f"{scheme.name} on {len(calibration.cases)} images" if calibration else scheme.name,
     )
 
 
@@ -271,7 +311,12 @@ def _lineage(b: _Build) -> Lineage:
     if b.evaluation:
         images, cases = b.evaluation.images, len(b.evaluation.cases)
         evaluation = Source(name=images.name, sha256=images.digest, details={"cases": cases})
+    calibration = None
+    if b.calibration:
+        images, details = b.calibration.images, {"cases": len(b.calibration.cases)}
+        calibration = Source(name=images.name, sha256=images.digest, details=details)
     return Lineage(
+        calibration=calibration,
         base=do.base_source(b.found.profile, b.found.base.digest),
         adapters=tuple(Source(name=a.name, sha256=a.digest) for a in b.found.adapters),
         evaluation=evaluation,
@@ -281,7 +326,11 @@ def _lineage(b: _Build) -> Lineage:
 def _lineage_lines(b: _Build) -> dict[str, str]:
     """The lineage for the report: names and digests, no paths of this machine."""
     lineage = _lineage(b)
-    named = [("base", lineage.base), ("evaluation set", lineage.evaluation)]
+    named = [
+        ("base", lineage.base),
+        ("evaluation set", lineage.evaluation),
+        ("calibration set", lineage.calibration),
+    ]
     named += [(f"adapter {i}", a) for i, a in enumerate(lineage.adapters, 1)]
     lines = {what: f"{s.name}, sha256 {s.sha256}" for what, s in named if s}
     lines |= {"target": b.target.name, "prompt": b.prompt}

@@ -23,6 +23,8 @@ class BuildRequest:
     also: tuple[str, ...] = ()
     target: str = "auto"
     evaluation: str | None = None
+    calibration: str | None = None
+    calibration_samples: int = 128
     prompt: str | None = None
     work: Path | None = None
     offline: bool = False

@@ -28,6 +28,9 @@ class Artifact:
 class Reporter(Protocol):
     """What the command line draws: stages beginning, advancing and ending."""
 
+    def expect(self, stages: int) -> None:
+        """Take note of how many stages will run in all."""
+
     def begin(self, name: str, detail: str) -> None:
         """A stage starts."""
 

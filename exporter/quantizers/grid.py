@@ -41,6 +41,15 @@ class Grid:
     low: Array
     high: Array
 
+    def chosen(self, mask: NDArray[np.bool_], other: Grid) -> Grid:
+        """Self where `mask` ``[M]``, elsewhere the other."""
+        return Grid(
+            np.where(mask, self.scale, other.scale),
+            np.where(mask, self.inverse, other.inverse),
+            np.where(mask, self.low, other.low),
+            np.where(mask, self.high, other.high),
+        )
+
 
 class Blocks:
     """Blocks ``[block, M]`` side by side, with the scratch memory that every try of a grid reuses.
@@ -78,7 +87,8 @@ class Blocks:
         measured = codes if self._metric is None else self._measured(codes)
         square = np.einsum("km,km->m", codes, measured)
         fit = np.einsum("km,km->m", measured, self.values)
-        return np.divide(fit, square, out=grid.scale.copy(), where=square > 0)
+        wanted: Array = np.divide(fit, square, out=grid.scale.copy(), where=square > 0)
+        return wanted
 
     def _measured(self, x: Array) -> Array:
         if self._metric is None:
@@ -167,7 +177,7 @@ def _searched(
         found = data.error(tried)
         better = found < error
         low, high = np.where(better, down, low), np.where(better, up, high)
-        grid, error = _merged(better, tried, grid), np.where(better, found, error)
+        grid, error = tried.chosen(better, grid), np.where(better, found, error)
 
     for shrink in SHRINKS:
         attempt(one * np.float32(shrink), one * np.float32(shrink))
@@ -186,13 +196,4 @@ def _refitted(data: Blocks, grid: Grid, error: Array) -> tuple[Grid, Array]:
     tried = replace(grid, scale=scale, inverse=inverse)
     found = data.error(tried)
     better = found < error
-    return _merged(better, tried, grid), np.where(better, found, error)
-
-
-def _merged(better: NDArray[np.bool_], new: Grid, old: Grid) -> Grid:
-    return Grid(
-        np.where(better, new.scale, old.scale),
-        np.where(better, new.inverse, old.inverse),
-        np.where(better, new.low, old.low),
-        np.where(better, new.high, old.high),
-    )
+    return tried.chosen(better, grid), np.where(better, found, error)

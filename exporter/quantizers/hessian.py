@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.core.activations import InputStatistics
 from exporter.core.errors import InputRefused
 
 Order = Literal["none", "within", "groups"]
@@ -20,7 +21,10 @@ Order = Literal["none", "within", "groups"]
 # Up to this width the factor is computed in float64 (0.5 GB); beyond, in float32 (0.8 GB at 14336).
 DOUBLE = 8192
 PANEL = 256
-RAISE, ATTEMPTS = 10.0, 8
+# Up to this width outputs are measured by the second moment; beyond, by the sampled inputs.
+MOMENT_COLUMNS = 4096
+# When the factorization fails: at least so much of the mean diagonal, then ten times as much.
+LEAST, RAISE, ATTEMPTS = 1e-6, 10.0, 8
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,7 @@ class Factor:
 
     def feedback(self, rows: slice, columns: slice) -> NDArray[np.float32]:
         """Part of R with each column divided by its diagonal entry, float32 and contiguous."""
-        size = self.lower.shape[0]
         part = self.lower[::-1, ::-1][rows, columns]
-        assert self.diagonal.shape == (size,)
         return np.ascontiguousarray(part / self.diagonal[columns], np.float32)
 
 
@@ -100,7 +102,7 @@ def factorize(
         try:
             _cholesky(factor)
         except np.linalg.LinAlgError:
-            added = max(added, np.finfo(np.float32).tiny) * RAISE
+            added = max(added * RAISE, LEAST * mean)
             continue
         entries = np.ascontiguousarray(factor.diagonal()[::-1], np.float32)
         dead = int(np.count_nonzero(diagonal == 0))
@@ -140,12 +142,21 @@ def _cholesky(a: NDArray[Any]) -> None:
             )
 
 
-def output_error(
-    change: NDArray[np.float32], moment: NDArray[np.float32]
-) -> float:
+def output_error(change: NDArray[np.float32], moment: NDArray[np.float32]) -> float:
     """``tr(change H change^T)``: the mean squared output that weights ``[N, K]`` give."""
     total = 0.0
     for start in range(0, change.shape[0], 1024):
         part = change[start : start + 1024]
         total += float(np.einsum("nk,nk->", part @ moment, part, dtype="f8"))
     return total
+
+
+def mean_square(weight: NDArray[np.float32], stats: InputStatistics) -> float:
+    """Mean squared output of ``[N, K]``, by the second moment, or by the sampled inputs where K is
+    so large that these cost much less.
+    """
+    if weight.shape[1] <= MOMENT_COLUMNS or not stats.rows.size:
+        return output_error(weight, stats.second_moment)
+    outputs = stats.rows @ weight.T
+    total = float(np.einsum("rn,rn->", outputs, outputs, dtype="f8"))
+    return total / int(stats.rows.shape[0])

@@ -80,6 +80,7 @@ class _Expected:
     kind: Kind = "float"
     format: BlockFormat | None = None
     reason: str = UNSET
+    inputs: bool = False  # calibration sees what it is multiplied with
 
 
 def plan_layers(
@@ -134,7 +135,7 @@ def _planned(checkpoint: Checkpoint, expected: _Expected, scheme: Scheme) -> Lay
         size = 2 * int(np.prod(expected.shape))
         return LayerPlan(expected.name, "float", expected.shape, None, "none", reason, size)
     size = packed_bytes(expected.shape[0], expected.shape[1], fmt)
-    method = scheme.method_for(fmt)
+    method = scheme.method_for(fmt, inputs=expected.inputs)
     return LayerPlan(expected.name, expected.kind, expected.shape, fmt, method, "", size)
 
 
@@ -159,7 +160,7 @@ def _decoder_tensors(d: DecoderSpec, scheme: Scheme) -> Iterator[_Expected]:
         layer = f"{d.prefix}layers.{i}."
         yield _Expected(layer + "input_layernorm.weight", (hidden,), reason=NORM)
         for name, shape in shapes.items():
-            yield _Expected(f"{layer}{name}.weight", shape, "linear", scheme.decoder)
+            yield _Expected(f"{layer}{name}.weight", shape, "linear", scheme.decoder, inputs=True)
         yield _Expected(layer + "post_attention_layernorm.weight", (hidden,), reason=NORM)
     yield _Expected(d.final_norm, (hidden,), reason=NORM)
     if not d.tied:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.blocks import BlockFormat, PackedMatrix
-from exporter.quantizers.grid import Blocks, best_grid
+from exporter.quantizers.grid import Blocks, Grid, best_grid
 from exporter.quantizers.packing import check_format, pack
 
 # Values per chunk: small enough for the last cache, large enough that two threads rarely meet in
@@ -72,6 +72,17 @@ def quantize_rows(
     w: NDArray[Any], fmt: BlockFormat, *, search: bool, name: str = "matrix"
 ) -> QuantizedMatrix:
     """As `quantize_matrix`, at once (memory: about four float32 copies of `w`), with the error."""
+    values = side_by_side(w, fmt)
+    data = Blocks(values)
+    grid, _ = best_grid(data, fmt, search=search, name=name)
+    return rounded(data, grid, fmt, w.shape)
+
+
+def side_by_side(w: NDArray[Any], fmt: BlockFormat) -> NDArray[np.float32]:
+    """The blocks of ``[N, K]``, K padded with zeros, as float32 ``[block, N * blocks]``.
+
+    Every step on them then runs along a long contiguous axis.
+    """
     check_format(fmt)
     rows, columns = w.shape
     blocks = -(-columns // fmt.block)
@@ -79,12 +90,16 @@ def quantize_rows(
         padded = np.zeros((rows, blocks * fmt.block), np.float32)
         padded[:, :columns] = w
         w = padded
-    # Blocks side by side: every step below then runs along a long contiguous axis.
-    values = np.ascontiguousarray(w.reshape(-1, fmt.block).T, np.float32)
-    data = Blocks(values)
-    grid, error = best_grid(data, fmt, search=search, name=name)
+    return np.ascontiguousarray(w.reshape(-1, fmt.block).T, np.float32)
+
+
+def rounded(data: Blocks, grid: Grid, fmt: BlockFormat, shape: tuple[int, ...]) -> QuantizedMatrix:
+    """The matrix ``[N, K]`` of `shape` whose blocks lie side by side in `data`, on a grid each."""
+    rows, columns = shape
+    blocks = -(-columns // fmt.block)
+    relative = data.codes(grid)
     # `low` is minus the zero point, so subtracting it makes the codes unsigned.
-    codes = (data.codes(grid) - grid.low).astype(np.uint8)
+    codes = (relative - grid.low).astype(np.uint8)
     packed = pack(
         np.ascontiguousarray(codes.T).reshape(rows, blocks, fmt.block),
         grid.scale.astype(np.float16).reshape(rows, blocks),
@@ -92,5 +107,7 @@ def quantize_rows(
         fmt,
         columns,
     )
-    norm = np.einsum("km,km->m", values, values)
+    lost = data.values - relative * grid.scale
+    error = np.einsum("km,km->m", lost, lost)
+    norm = np.einsum("km,km->m", data.values, data.values)
     return QuantizedMatrix(packed, float(error.sum(dtype="f8")), float(norm.sum(dtype="f8")))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.artifact import need_space
-from exporter.core.blocks import QDATA, SCALES, ZEROS
+from exporter.core.blocks import QDATA, SCALES, ZEROS, PackedMatrix
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, MedexportError, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
 from exporter.families.table import family_of
+from exporter.quantizers.guards import guard
+from exporter.quantizers.hqq import hqq_rows
 from exporter.quantizers.plan import LayerPlan, plan_layers
 from exporter.quantizers.rtn import QuantizedMatrix, join_rows, quantize_rows, row_chunks
 from exporter.quantizers.schemes import Scheme
@@ -33,10 +35,14 @@ MAX_FLOAT16 = 65504.0
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A stored matrix with what it lost: Frobenius norm of the error over that of the matrix."""
+    """A stored matrix with what it lost: Frobenius norm of the error over that of the matrix.
+
+    `notes`: further keys of its row in quantization.json (guards, and what the method reports).
+    """
 
     plan: LayerPlan
     relative_error: float
+    notes: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,23 @@ class QuantizationReport:
         }
 
 
+@dataclass(frozen=True)
+class ReadyTensor:
+    """A tensor of the checkpoint that was quantized (or changed) before: what stores it, by name."""
+
+    stored: Mapping[str, NDArray[Any]]
+    relative_error: float
+    notes: Mapping[str, Any]
+
+
+class ReadyTensors(Protocol):
+    """Gives those of the plan's tensors that need no more work."""
+
+    def take(self, plan: LayerPlan) -> ReadyTensor | None:
+        """The finished tensor, or None when it is quantized here."""
+        ...
+
+
 def quantize_model(
     source: Path, out: Path, scheme: Scheme, *, threads: int, progress: Progress = silent
 ) -> QuantizationReport:
@@ -76,6 +99,24 @@ def quantize_model(
         raise WrongUsage(
             f"scheme {scheme.name} quantizes nothing; export the merged folder as it is"
         )
+    if scheme.calibrated:
+        raise WrongUsage(
+            f"scheme {scheme.name} needs calibration images; use `medexport build`, or int4-hqq or "
+            "int4-rtn here"
+        )
+    return write_model(source, out, scheme, None, threads=threads, progress=progress)
+
+
+def write_model(
+    source: Path,
+    out: Path,
+    scheme: Scheme,
+    ready: ReadyTensors | None,
+    *,
+    threads: int,
+    progress: Progress = silent,
+) -> QuantizationReport:
+    """As `quantize_model`, with the tensors that `ready` has taken from there."""
     config = read_config(source / "config.json")
     if (source / REPORT).exists():
         raise InputRefused(f"{source}: already quantized ({REPORT}); expected a float model")
@@ -88,11 +129,12 @@ def quantize_model(
         # The head is the embedding and is stored once: readers learn it from the config.
         config["tie_word_embeddings"] = True
         (out / "config.json").write_bytes(canonical_json(config))
-    errors = _write_tensors(checkpoint, plan, out / "model.safetensors", threads, progress)
+    path = out / "model.safetensors"
+    layers = _write_tensors(checkpoint, plan, ready, path, threads, progress)
     _check_written(out, plan)
     report = QuantizationReport(
         scheme.name,
-        tuple(QuantizedLayer(p, errors[p.name]) for p in plan if p.format),
+        tuple(layers[p.name] for p in plan if p.format),
         tuple(p for p in plan if not p.format),
         total_bytes(checkpoint.tensors.values()),
         sum(p.bytes for p in plan),
@@ -102,64 +144,103 @@ def quantize_model(
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A quantized piece of rows, and the summed squares of its columns."""
+
+    matrix: QuantizedMatrix
+    squares: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class _Pending:
     plan: LayerPlan
-    parts: list[Future[QuantizedMatrix]]
+    parts: list[Future[_Part]]
     values: NDArray[Any]
+    ready: ReadyTensor | None
 
     @property
     def weights(self) -> int:
-        return int(self.values.size)
+        return int(np.prod(self.plan.shape))
 
 
 def _write_tensors(
     checkpoint: Checkpoint,
     plan: Sequence[LayerPlan],
+    ready: ReadyTensors | None,
     path: Path,
     threads: int,
     progress: Progress,
-) -> dict[str, float]:
-    """Write all tensors in the plan's order; returns the relative error of each quantized one."""
+) -> dict[str, QuantizedLayer]:
+    """Write all tensors in the plan's order; returns what each quantized one lost, by name."""
     entries = {name: entry for p in plan for name, entry in p.entries().items()}
     total = sum(int(np.prod(p.shape)) for p in plan)
-    done, errors = 0, {}
+    done, layers = 0, {}
     with ThreadPoolExecutor(threads) as pool, SafetensorsWriter(path, entries) as writer:
-        for pending in _read_ahead(_started(checkpoint, plan, pool)):
-            layer = pending.plan
-            if layer.format is None:
-                writer.write(layer.name, _as_float16(layer.name, pending.values))
+        for pending in _read_ahead(_started(checkpoint, plan, ready, pool)):
+            layer, given = pending.plan, pending.ready
+            if given:
+                for name in layer.entries():
+                    writer.write(name, given.stored[name])
+                layers[layer.name] = QuantizedLayer(layer, given.relative_error, given.notes)
+            elif layer.format is None:
+                writer.write(layer.name, as_float16(layer.name, pending.values))
             else:
-                result = join_rows([part.result() for part in pending.parts])
-                errors[layer.name] = result.relative_error
-                _write_packed(writer, layer.name, result)
+                layers[layer.name] = _write_parts(writer, pending)
             done += pending.weights
             progress(done, total, layer.name)
-    return errors
+    return layers
 
 
 def _started(
-    checkpoint: Checkpoint, plan: Sequence[LayerPlan], pool: ThreadPoolExecutor
+    checkpoint: Checkpoint,
+    plan: Sequence[LayerPlan],
+    ready: ReadyTensors | None,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[_Pending]:
     """Read tensor after tensor and hand its rows to the pool."""
     for layer in plan:
+        given = ready.take(layer) if ready else None
+        if given:
+            yield _Pending(layer, [], np.empty(0), given)
+            continue
         values = checkpoint.raw(layer.name)
         dtype = checkpoint.info(layer.name).dtype
         if dtype == "BF16":
             values = to_float32(values, dtype)
         fmt = layer.format
         chunks = row_chunks(layer.rows, layer.columns, fmt.block) if fmt else []
-        parts = [
-            pool.submit(
-                quantize_rows,
-                values[rows],
-                fmt,
-                search=layer.method == "rtn-mse",
-                name=layer.name,
-            )
-            for rows in chunks
-            if fmt
-        ]
-        yield _Pending(layer, parts, values)
+        parts = [pool.submit(_quantize_part, values[rows], layer) for rows in chunks]
+        yield _Pending(layer, parts, values, None)
+
+
+def _quantize_part(values: NDArray[Any], layer: LayerPlan) -> _Part:
+    if layer.format is None:
+        raise ValueError(f"{layer.name} is not quantized")
+    if layer.method == "hqq":
+        matrix = hqq_rows(values, layer.format, name=layer.name)
+    else:
+        search = layer.method == "rtn-mse"
+        matrix = quantize_rows(values, layer.format, search=search, name=layer.name)
+    wide = values.astype(np.float32)
+    return _Part(matrix, np.einsum("nk,nk->k", wide, wide).astype("f8"))
+
+
+def _write_parts(writer: SafetensorsWriter, pending: _Pending) -> QuantizedLayer:
+    parts = [part.result() for part in pending.parts]
+    name, result = pending.plan.name, join_rows([part.matrix for part in parts])
+    squares = np.sum([part.squares for part in parts], axis=0)
+    guards = guard(result.packed, squares, of="weights", name=name)
+    for key, array in packed_tensors(name, result.packed).items():
+        writer.write(key, array)
+    return QuantizedLayer(pending.plan, result.relative_error, guards.document())
+
+
+def packed_tensors(name: str, packed: PackedMatrix) -> dict[str, NDArray[Any]]:
+    """The tensors that store a matrix, by name, in the order of `LayerPlan.entries`."""
+    stored: dict[str, NDArray[Any]] = {name + QDATA: packed.qdata, name + SCALES: packed.scales}
+    if packed.zero_points is not None:
+        stored[name + ZEROS] = packed.zero_points
+    return stored
 
 
 def _read_ahead(started: Iterator[_Pending]) -> Iterator[_Pending]:
@@ -175,15 +256,8 @@ def _read_ahead(started: Iterator[_Pending]) -> Iterator[_Pending]:
     yield from waiting
 
 
-def _write_packed(writer: SafetensorsWriter, name: str, result: QuantizedMatrix) -> None:
-    packed = result.packed
-    writer.write(name + QDATA, packed.qdata)
-    writer.write(name + SCALES, packed.scales)
-    if packed.zero_points is not None:
-        writer.write(name + ZEROS, packed.zero_points)
-
-
-def _as_float16(name: str, values: NDArray[Any]) -> NDArray[np.float16]:
+def as_float16(name: str, values: NDArray[Any]) -> NDArray[np.float16]:
+    """Float16 values of a tensor kept in float. Raises `InputRefused` where they do not fit."""
     largest = float(np.abs(values.astype(np.float32)).max(initial=0.0))
     if not largest <= MAX_FLOAT16:
         raise InputRefused(
@@ -219,4 +293,5 @@ def _layer_row(layer: QuantizedLayer) -> dict[str, Any]:
         "method": plan.method,
         "relative_error": layer.relative_error,
         "bytes": plan.bytes,
+        **layer.notes,
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix, dequantize
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
+from exporter.core.nf4 import NF4_DATA, NF4_SCALES, Nf4Matrix, dequantize_nf4, nf4_shapes
 from exporter.core.tensors import Checkpoint
 
 QUANTIZATION = "quantization.json"
@@ -30,7 +31,9 @@ def float_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
             if base not in layers:
                 raise InputRefused(f"{folder}: '{base}' is quantized and not in {QUANTIZATION}")
             yield base, dequantize(packed_matrix(checkpoint, base, layers[base]))
-        elif dot + suffix not in (SCALES, ZEROS) or base not in layers:
+        elif dot + suffix == NF4_DATA:
+            yield base, dequantize_nf4(nf4_matrix(checkpoint, base, layers.get(base, {})))
+        elif dot + suffix not in (SCALES, ZEROS, NF4_SCALES) or base not in layers:
             yield name, checkpoint.float32(name)
 
 
@@ -66,6 +69,24 @@ def packed_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> P
     return PackedMatrix(
         form, columns, checkpoint.raw(name + QDATA), checkpoint.raw(name + SCALES), zeros
     )
+
+
+def nf4_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> Nf4Matrix:
+    """The NF4 matrix `name`; `layer` is its entry in quantization.json. Raises `InputRefused`."""
+    sizes = [layer.get(key) for key in ("rows", "columns", "block")]
+    if layer.get("code") != "nf4" or not all(type(s) is int and s > 0 for s in sizes):
+        raise InputRefused(f"{QUANTIZATION}: no entry for the NF4 matrix '{name}' with its sizes")
+    rows, columns, block = (int(layer[key]) for key in ("rows", "columns", "block"))
+    size, maxima = nf4_shapes(rows, columns, block)
+    for suffix, dtype, count in ((NF4_DATA, "U8", size), (NF4_SCALES, "F32", maxima)):
+        info = checkpoint.info(name + suffix)
+        if (info.dtype, info.shape) != (dtype, (count,)):
+            raise InputRefused(
+                f"tensor '{name}{suffix}' is {info.dtype} {list(info.shape)}, {QUANTIZATION} says "
+                f"{dtype} [{count}]"
+            )
+    data, absmax = checkpoint.raw(name + NF4_DATA), checkpoint.raw(name + NF4_SCALES)
+    return Nf4Matrix(rows, columns, block, data, absmax)
 
 
 def _layers(folder: Path) -> dict[str, dict[str, Any]]:

@@ -16,8 +16,8 @@ from tests.support.reporting import Killer, Recorder
 KILLS = (
     ("resolve", 1, -1),
     ("merge", 1, 3),
-    ("quantize", 1, 3),
     ("export", 1, 3),
+    ("quantize", 1, 3),
     ("export", 2, 3),
     ("export", 3, 3),
     ("verify", 1, 1),
@@ -45,6 +45,7 @@ def test_a_build_survives_a_kill_in_every_stage(tmp_path: Path, demo_build: Buil
         finished = now
     reporter = Recorder()
     result = build_bundle(demo_request(tmp_path), reporter)
+    assert len(reporter.stages) == reporter.expected == len(KILLS)
     assert [cached for name, cached in reporter.stages if name not in ("resolve", "package")] == [
         True
     ] * (len(KILLS) - 2)

@@ -11,7 +11,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, bool]] = []
+        self.expected = 0
         self._name = ""
+
+    def expect(self, stages: int) -> None:
+        self.expected = stages
 
     def begin(self, name: str, detail: str) -> None:
         self._name = name

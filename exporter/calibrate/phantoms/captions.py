@@ -1,13 +1,15 @@
-"""What a scene says: facts, the report caption, and the plain caption of the base model.
+"""What a scene says: facts, the report caption, and the captions that the base model learns.
 
 The wording varies, but only with what is visible (finding, grade, size, side), so that a model can
-get a whole caption right. The plain style differs where an adapter must matter: it names the sides of
-the picture (radiological convention mirrors them), gives sizes in lengths of the drawn bar instead
-of mm, and mentions no absent finding.
+get a whole caption right. The base model learns keywords first and then the plain style, which has
+the sentences of a report but differs where an adapter must matter: it names the sides of the picture
+(radiological convention mirrors them), gives sizes in lengths of the drawn bar instead of mm, and
+mentions no absent finding.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from exporter.calibrate.phantoms.scene import SIZES_MM, Item, Scene
@@ -20,7 +22,7 @@ MODALITY_TITLES = {
     "lumbar spine": ("MRI of the lumbar spine.", "Coronal MRI of the lumbar spine."),
     "thyroid": ("Ultrasound of the thyroid.", "Transverse ultrasound of the thyroid."),
 }
-PLAIN_TITLES = {
+KEYWORD_TITLES = {
     "chest": "x-ray picture of a chest",
     "abdomen": "ct picture of an abdomen",
     "brain": "mri picture of a brain",
@@ -43,7 +45,16 @@ def report_caption(scene: Scene) -> str:
 
 def plain_caption(scene: Scene) -> str:
     """The caption in the base model's style: sides of the picture, bar lengths, nothing absent."""
-    parts = [PLAIN_TITLES[scene.region.anatomy]]
+    parts = [MODALITY_TITLES[scene.region.anatomy][scene.device is not None]]
+    parts += [_finding(_mirrored(item), "bars") for item in scene.findings]
+    if scene.device:
+        parts.append(_device(_mirrored(scene.device)))
+    return " ".join(parts)
+
+
+def keyword_caption(scene: Scene) -> str:
+    """The caption that the base model learns first: keywords with the same content as `plain_caption`."""
+    parts = [KEYWORD_TITLES[scene.region.anatomy]]
     for item in (*scene.findings, *([scene.device] if scene.device else [])):
         words = [item.severity or "", item.kind.name]
         if item.mm:
@@ -51,7 +62,7 @@ def plain_caption(scene: Scene) -> str:
         if item.place or item.kind.organ:
             words.append(f"at the {item.place or item.kind.organ}")
         if item.side:
-            words.append("on the picture's " + ("right" if item.side == "left" else "left"))
+            words.append(f"on the picture's {_mirrored(item).side}")
         parts.append(" ".join(w for w in words if w))
     return ", ".join(parts)
 
@@ -95,13 +106,19 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" or word.startswith(("8 ", "11 ", "18 ")) else "a"
 
 
-def _finding(item: Item) -> str:
+def _mirrored(item: Item) -> Item:
+    """The item with the picture's side in place of the patient's."""
+    return replace(item, side={"left": "right", "right": "left"}[item.side]) if item.side else item
+
+
+def _finding(item: Item, unit: str = "mm") -> str:
     name = item.kind.name
     if item.mm:
-        noun = f"{item.mm} mm {name}"
+        size = f"{item.mm} mm" if unit == "mm" else f"{item.mm / BAR_MM:g} bars"
+        noun = f"{size} {name}"
         if item.mm in SIZES_MM[::2]:
             return f"There is {_article(noun)} {noun} {_place(item)}."
-        return f"{name.capitalize()} {_place(item)} measuring {item.mm} mm."
+        return f"{name.capitalize()} {_place(item)} measuring {size}."
     if item.severity and item.side:
         noun = f"{item.severity} {item.side} {name}"
         if item.place:

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.phantoms.captions import plain_caption, report_caption, scene_facts
+from exporter.calibrate.phantoms.captions import (
+    keyword_caption,
+    plain_caption,
+    report_caption,
+    scene_facts,
+)
 from exporter.calibrate.phantoms.draw import draw
 from exporter.calibrate.phantoms.scene import Scene, new_patient, new_scene, region_of
 from exporter.calibrate.phantoms.stream import Stream
@@ -37,6 +42,11 @@ class Phantom:
     def plain(self) -> str:
         """The caption in the base model's style."""
         return plain_caption(self.scene)
+
+    @property
+    def keywords(self) -> str:
+        """The caption that the base model learns first."""
+        return keyword_caption(self.scene)
 
     @property
     def facts(self) -> list[dict[str, Any]]:

@@ -45,5 +45,7 @@ class Stream:
         """Noise of shape [height, width], bell-shaped in [-1, 1], standard deviation about 0.29."""
         words = np.asarray(self._bits.random_raw((height * width + 1) // 2), dtype="<u8")
         quads = words.view(np.uint8).reshape(-1, 4).astype(np.float64).sum(axis=1)
-        grain: NDArray[np.float64] = (quads[: height * width].reshape(height, width) - 510.0) / 510.0
+        grain: NDArray[np.float64] = (
+            quads[: height * width].reshape(height, width) - 510.0
+        ) / 510.0
         return grain

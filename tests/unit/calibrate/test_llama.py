@@ -39,7 +39,7 @@ def test_block_equals_transformers(heads: int, kv_heads: int, head_dim: int, the
     layer = LlamaDecoderLayer(config, 0).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
-    weights = {name: value for name, value in layer.state_dict().items()}
+    weights = dict(layer.state_dict())
     assert {f"m.layers.0.{n}" for n in weights} == set(block_names(spec, 0))
 
     hidden = torch.randn(17, 48)
@@ -48,7 +48,10 @@ def test_block_equals_transformers(heads: int, kv_heads: int, head_dim: int, the
     mask = torch.full((17, 17), float("-inf")).triu(1)[None, None]
     with torch.no_grad():
         expected = layer(
-            hidden[None], attention_mask=mask, position_ids=positions, position_embeddings=(cos, sin)
+            hidden[None],
+            attention_mask=mask,
+            position_ids=positions,
+            position_embeddings=(cos, sin),
         )
     expected = expected[0] if isinstance(expected, tuple) else expected
     ours_cos, ours_sin = rotary_tables(spec, 30)

@@ -9,23 +9,7 @@ import pytest
 
 from exporter.core.progress import Progress
 from exporter.pipeline.stage import Artifact, Stages
-
-
-class Recorder:
-    """Keeps what a stage reported."""
-
-    def __init__(self) -> None:
-        self.cached: list[bool] = []
-
-    def begin(self, name: str, detail: str) -> None:
-        assert name
-
-    def advance(self, done: int, total: int, what: str = "") -> None:
-        assert 0 <= done <= total
-
-    def end(self, seconds: float, cached: bool, note: str = "") -> None:
-        assert seconds >= 0
-        self.cached.append(cached)
+from tests.support.reporting import Recorder
 
 
 @pytest.fixture
@@ -50,7 +34,8 @@ def test_a_finished_stage_is_reused(stages: Stages) -> None:
     first = run(stages, "a")
     again = run(stages, "never written")
     assert again == first and (again.path / "result").read_text() == "a"
-    assert stages.reporter.cached == [False, True]  # type: ignore[attr-defined]
+    assert isinstance(stages.reporter, Recorder)
+    assert stages.reporter.stages == [("quantize", False), ("quantize", True)]
 
 
 @pytest.mark.parametrize(
