@@ -1,7 +1,7 @@
 """Output error of quantization methods on the same matrices and inputs: ours and onnxruntime's.
 
     python benchmarks/methods.py [--model FOLDER] [--cases 64] [--layers 2] [--blocks 32 64 128]
-        [--rows 4096] [--skip PREFIX ...] [--threads 2] [--out methods.json]
+        [--symmetric 0 1] [--rows 4096] [--skip PREFIX ...] [--threads 2] [--out methods.json]
 
 What is measured: ``tr(dW H dW^T) / tr(W H W^T)``, the relative squared error of a layer's output, H
 the second moment of its inputs, averaged over the matrices; once for the calibration inputs and once
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--symmetric", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--skip", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)
@@ -300,8 +301,8 @@ def main() -> None:
         f"{'method':31} {'block':>5} {'sym':>3} {'bytes':>10} {'bits':>5} {'seen':>9} {'unseen':>9} {'s':>6}"
     )
     for block in args.blocks:
-        for symmetric in (False, True):
-            fmt = BlockFormat(4, block, symmetric)
+        for symmetric in args.symmetric:
+            fmt = BlockFormat(4, block, bool(symmetric))
             for name, method in chosen.items():
                 if symmetric and name in ASYMMETRIC_ONLY:
                     continue

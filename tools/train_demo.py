@@ -66,21 +66,23 @@ def main() -> None:
     model_dir, adapter_dir = options.out / "model", options.out / "adapter"
     phantoms = list(draw_phantoms("train", 400, IMAGES))
     texts = [text for p in phantoms for text in (p.caption, p.plain, p.keywords)]
-    if not options.keep_keywords:
+    if not (options.keep_keywords or options.more):
         write_model_files(model_dir, texts, VOCABULARY)
     say(f"drawing {IMAGES * options.patients} phantoms", start)
     examples = draw_examples(options.patients, model_dir, options.threads)
     model = new_model(json.loads((model_dir / "config.json").read_text()))
     say(f"base: {sum(p.numel() for p in model.parameters()):,} parameters", start)
-    if options.keep_keywords:
+    if options.keep_keywords or options.more:
         load_weights(model, model_dir)
     else:
         steps = Stage(options.keyword_steps, 32, 2e-3, 0.05, 0.998)
         train(model, examples, "keywords", steps, start)
         save_float16(model, model_dir)
-    train(model, examples, "plain", Stage(options.plain_steps, 32, 1.5e-3, 0.05, 0.99), start)
-    save_float16(model, model_dir)
-    adapted = add_adapter(model)
+    if not options.more:
+        steps = Stage(options.plain_steps, 32, 1.5e-3, 0.05, 0.99)
+        train(model, examples, "plain", steps, start)
+        save_float16(model, model_dir)
+    adapted = load_adapter(model, adapter_dir) if options.more else add_adapter(model)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     say(f"adapter: {count:,} parameters", start)
     train(adapted, examples, "report", Stage(options.adapter_steps, 32, 3e-3, 0.0, 0.995), start)
@@ -100,6 +102,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--keep-keywords", action="store_true", help="go on from --out after its first stage"
     )
+    parser.add_argument("--more", action="store_true", help="go on with the adapter in --out")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -230,6 +233,12 @@ def add_adapter(model: nn.Module) -> nn.Module:
 
     settings = LoraConfig(r=16, lora_alpha=32, target_modules=PLACES + TOWER, lora_dropout=0.0)
     return get_peft_model(model, settings)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def save_float16(model: nn.Module, folder: Path) -> None:

@@ -94,7 +94,7 @@ def _writing(source: Path, target: str, only_decoder: bool) -> Any:
         written = write_gptq(source, folder, options, progress=console.advance)
         quantized = f"{len(written.quantized)} matrices quantized as {target}"
         floats = [f"'{n}' is float16: {why}" for n, why in written.dequantized.items()]
-        return [quantized, *floats]
+        return [quantized, *floats, *written.warnings]
 
     return make
 

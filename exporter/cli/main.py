@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from exporter import __version__
-from exporter.cli import build, bundles, listings, stages
+from exporter.cli import build, bundles, check, formats, listings, stages
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
 
 INTERNAL, INTERRUPTED = 70, 130
@@ -27,8 +27,9 @@ def cli(debug: bool) -> None:
     """
 
 
-for command in (*build.COMMANDS, *stages.COMMANDS, *bundles.COMMANDS, *listings.COMMANDS):
-    cli.add_command(command)
+for room in (build, stages, check, formats, bundles, listings):
+    for command in room.COMMANDS:
+        cli.add_command(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

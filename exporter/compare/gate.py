@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from exporter.catalog.schema import Gate
 from exporter.compare.assemble import Judged
+from exporter.compare.power import MOST
 from exporter.compare.quantities import gated_quantities
 from exporter.compare.verdict import (
     ENOUGH_IMAGES,
@@ -37,6 +38,9 @@ def judge_candidate(
     quantities, missing = gated_quantities(own, base, gate)
     verdict = overall(quantities)
     deciding = [q for q in quantities if q.verdict == verdict]
+    if verdict == "INCONCLUSIVE":
+        # What needs the most images comes first: that many decide all.
+        deciding.sort(key=lambda q: q.needed or MOST, reverse=True)
     needed = [q.needed for q in deciding if q.needed is not None]
     if verdict == "PASS":
         reasons: tuple[str, ...] = (ALL_INSIDE,)

@@ -30,5 +30,11 @@ METRICS = (
     Metric("top1_agreement", "0..1", "higher", "tokens with the same most likely next token"),
     Metric("perplexity_ratio", "1", "near 1", "perplexity of the reference's text, candidate/own"),
     Metric("first_divergent", "token", "higher", "median first different token of greedy captions"),
+    Metric(
+        "verdict", "", "PASS", "all gated quantities inside their margins; see docs/comparison.md"
+    ),
+    Metric("image_use", "0..1", "higher", "captions that differ from a blank image's"),
+    Metric("distinct", "0..1", "higher", "captions that no other patient has"),
+    Metric("repetition", "0..1", "lower", "captions that end in a loop"),
     Metric("length", "1", "near 1", "generated tokens against the reference's"),
 )

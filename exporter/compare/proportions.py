@@ -108,9 +108,9 @@ def design_effect(values: Sequence[float], clusters: Sequence[Hashable]) -> Clus
     sums = cluster_sums(values, clusters)
     groups = len(sums)
     spread = np.asarray(values, dtype=np.float64)
-    plain = float(spread.var()) / images if images else 0.0
-    if groups < 2 or plain == 0:
+    if groups < 2 or not spread.var():
         return Clustered(images, groups, 1.0)
+    plain = float(spread.var(ddof=1)) / images
     counts = cluster_sums([1.0] * images, clusters)
     mean = float(spread.mean())
     between = groups / (groups - 1) * float(((sums - mean * counts) ** 2).sum()) / images**2

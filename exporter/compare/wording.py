@@ -11,6 +11,7 @@ from exporter.compare.statistics import RESAMPLES, SEED
 from exporter.compare.verdict import ENOUGH_IMAGES, GateReport, Quantity
 
 DASH = "-"
+MOST_REASONS = 3
 
 
 def megabytes(count: int | None) -> str:
@@ -77,7 +78,10 @@ def bound_text(quantity: Quantity) -> str:
 def verdict_lines(report: GateReport) -> list[str]:
     """The verdict, its reasons and what would decide it: first in every output."""
     lines = [f"{report.label}: {report.candidate} against {report.reference}"]
-    lines += [f"  {'because' if i == 0 else 'and'} {r}" for i, r in enumerate(report.reasons)]
+    shown = report.reasons[:MOST_REASONS]
+    lines += [f"  {'because' if i == 0 else 'and'} {r}" for i, r in enumerate(shown)]
+    if len(report.reasons) > len(shown):
+        lines.append(f"  and {len(report.reasons) - len(shown)} more")
     if report.verdict == "INCONCLUSIVE":
         lines.append(
             f"  {report.images} images of {report.patients} patients; "

@@ -37,8 +37,12 @@ class GptqTensors:
     g_idx: NDArray[np.int32]
 
 
-def to_gptq(matrix: PackedMatrix, version: int, name: str = "matrix") -> GptqTensors:
+def to_gptq(
+    matrix: PackedMatrix, version: int, name: str = "matrix", *, group: int | None = None
+) -> GptqTensors:
     """A packed ``[N, K]`` matrix as GPTQ tensors of `version` 1 or 2, value for value.
+
+    `group`: a divisor of the block, which then becomes several groups of one scale.
 
     Raises `InputRefused` naming `name` when GPTQ has no place for it: K not a whole number of
     groups, N not a whole number of words, or in version 1 a zero point 0 (its field would be -1,
@@ -55,6 +59,9 @@ def to_gptq(matrix: PackedMatrix, version: int, name: str = "matrix") -> GptqTen
         zeros = np.full((rows, matrix.blocks), form.middle, np.uint8)
     else:
         zeros = unpack(matrix.zero_points, form.bits, matrix.blocks)
+    length = group or form.block
+    repeat = form.block // length
+    zeros = np.repeat(zeros, repeat, axis=1)
     qzeros = pack_words(zeros.T, form.bits)
     if version == 1:
         none = int((zeros == 0).sum())
@@ -67,8 +74,8 @@ def to_gptq(matrix: PackedMatrix, version: int, name: str = "matrix") -> GptqTen
     return GptqTensors(
         np.ascontiguousarray(words.T),
         qzeros,
-        np.ascontiguousarray(matrix.scales.T),
-        np.arange(columns, dtype=np.int32) // np.int32(form.block),
+        np.ascontiguousarray(np.repeat(matrix.scales, repeat, axis=1).T),
+        np.arange(columns, dtype=np.int32) // np.int32(length),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ TABLES = ("embedding.weight", "embed_tokens.weight", "embeddings.weight", "wte.w
 @dataclass(frozen=True)
 class GptqOptions:
     """How to write. `only_decoder`: the vision part and the head are dequantized to float16, which is
-    what loaders expect that quantize the blocks of the decoder only (transformers does).
+    what loaders expect that quantize the blocks of the decoder only (transformers does); all groups
+    then have one length.
 
     `damp_percent`, `true_sequential`: recorded as they were in the quantization; no loader computes
     with them.
@@ -48,16 +49,17 @@ class GptqOptions:
     version: int = 2
     only_decoder: bool = False
     damp_percent: float = 0.01
-    true_sequential: bool = True
+    true_sequential: bool = False
 
 
 @dataclass(frozen=True)
 class GptqWritten:
-    """What was written: module names quantized and dequantized (with the reason)."""
+    """What was written: modules quantized, tensors dequantized with the reason, and warnings."""
 
     config: Mapping[str, Any]
     quantized: tuple[str, ...]
     dequantized: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def write_gptq(
@@ -86,7 +88,9 @@ def write_gptq(
         for done, (name, array) in enumerate(writer.arrays(), 1):
             file.write(name, array)
             progress(done, total, name)
-    return GptqWritten(settings, tuple(writer.quantized), writer.dequantized)
+    return GptqWritten(
+        settings, tuple(writer.quantized), writer.dequantized, writer.warnings(settings)
+    )
 
 
 class _Writer:
@@ -106,6 +110,10 @@ class _Writer:
             else:
                 form = BlockFormat(layer["bits"], layer["block"], layer["symmetric"])
                 self.quantized[name.removesuffix(WEIGHT)] = form
+        if options.only_decoder:
+            # Its readers know one group size: the smallest, of which the others are multiples.
+            smallest = min((f.block for f in self.quantized.values()), default=0)
+            self.quantized = {n: replace(f, block=smallest) for n, f in self.quantized.items()}
         if not self.quantized:
             raise InputRefused(f"{source}: no matrix is left that GPTQ would hold")
 
@@ -122,7 +130,7 @@ class _Writer:
                 found[name] = ("F16", (rows, columns))
                 continue
             module, bits = name.removesuffix(WEIGHT), int(layer["bits"])
-            groups = -(-columns // int(layer["block"]))
+            groups = columns // self.quantized[module].block
             found[f"{module}.qweight"] = ("I32", (columns * bits // 32, rows))
             found[f"{module}.qzeros"] = ("I32", (groups, rows * bits // 32))
             found[f"{module}.scales"] = ("F16", (groups, rows))
@@ -140,7 +148,9 @@ class _Writer:
                 yield name, as_float16(name, dequantize(packed))
                 continue
             module = name.removesuffix(WEIGHT)
-            tensors = to_gptq(packed, self.options.version, module)
+            tensors = to_gptq(
+                packed, self.options.version, module, group=self.quantized[module].block
+            )
             yield f"{module}.qweight", tensors.qweight
             yield f"{module}.qzeros", tensors.qzeros
             yield f"{module}.scales", tensors.scales
@@ -168,6 +178,22 @@ class _Writer:
             "dynamic": dynamic_rules(formats, base),
             "meta": {"quantizer": [f"medexport:{__version__}"], "methods": methods},
         }
+
+    def warnings(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """What some loader makes of these settings."""
+        asymmetric = not all(f.symmetric for f in self.quantized.values())
+        found = []
+        if self.options.version == 1 and asymmetric:
+            found.append(
+                "GPTQModel refuses version 1 with zero points from other writers than itself; "
+                "gptq-v2 is read by it and by vLLM"
+            )
+        if any(rule.startswith("+:") for rule in settings["dynamic"]):
+            found.append(
+                "transformers applies no per-module overrides: it needs --only-decoder and one format "
+                "in all blocks"
+            )
+        return tuple(found)
 
     def _float_modules(self) -> dict[str, None]:
         """Linear layers in float: matrices ``[N, K]`` that are multiplied."""

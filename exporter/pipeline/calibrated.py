@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from exporter.core.modelfiles import read_config
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint
 from exporter.families.table import family_of
+from exporter.pipeline.stages import spread
 from exporter.quantizers.plan import plan_layers
 from exporter.quantizers.schemes import Scheme
 from exporter.quantizers.sequential import BlockQuantizer, BlockStore, assemble
@@ -47,25 +47,14 @@ class Calibration:
 def open_calibration(
     name: str, samples: int, prompt: str | None, evaluation: ImageSet | None
 ) -> Calibration:
-    """An image set with `samples` of its cases (0: all), the same number of each modality if it can.
+    """An image set with `samples` of its cases (0: all), as many of each modality as can be.
 
     Raises `InputRefused` when it shares an image or a patient with `evaluation`.
     """
     images = open_set(name)
     if evaluation is not None:
         refuse_overlap(images, evaluation)
-    return Calibration(images, balanced(images.cases(), samples), prompt or images.prompt)
-
-
-def balanced(cases: Sequence[Case], count: int) -> tuple[Case, ...]:
-    """`count` cases taken from the modalities in turn, each modality in the set's order (0: all)."""
-    queues: dict[str, list[Case]] = {}
-    for case in cases:
-        queues.setdefault(case.modality, []).append(case)
-    chosen: list[Case] = []
-    for place in range(max(map(len, queues.values()), default=0)):
-        chosen += [queue[place] for queue in queues.values() if place < len(queue)]
-    return tuple(chosen[:count] if count else chosen)
+    return Calibration(images, spread(images.cases(), samples), prompt or images.prompt)
 
 
 def quantize_calibrated(

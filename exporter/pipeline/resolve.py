@@ -140,13 +140,12 @@ def _own_weights(profile: ModelProfile, offline: bool) -> Path:
 
 
 def _adapter_folder(profile: ModelProfile, name: str) -> Path:
-    if profile.builtin and name in profile.builtin.adapters and not Path(name).exists():
-        return data_root("profiles") / profile.builtin.adapters[name]
-    folder = Path(name)
-    if not (folder / "adapter_config.json").is_file():
-        built_in = sorted(profile.builtin.adapters) if profile.builtin else []
-        known = f" or one of the built-in: {', '.join(built_in)}" if built_in else ""
-        raise InputRefused(
-            f"adapter {name}: no adapter_config.json there; expected a peft adapter folder{known}"
-        )
-    return folder
+    built_in = profile.builtin.adapters if profile.builtin else {}
+    if (Path(name) / "adapter_config.json").is_file():
+        return Path(name)
+    if name in built_in:
+        return data_root("profiles") / built_in[name]
+    known = f" or one of the built-in: {', '.join(sorted(built_in))}" if built_in else ""
+    raise InputRefused(
+        f"adapter {name}: no adapter_config.json there; expected a peft adapter folder{known}"
+    )

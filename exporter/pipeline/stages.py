@@ -105,10 +105,16 @@ def open_evaluation(
 
 
 def spread(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
-    """`limit` cases at equal distances (all when `limit` is 0 or larger than the set)."""
+    """`limit` cases, as many of each modality as can be, at equal distances (0: all, in order)."""
     if not limit or limit >= len(cases):
         return tuple(cases)
-    return tuple(cases[i * len(cases) // limit] for i in range(limit))
+    queues: dict[str, list[Case]] = {}
+    for case in cases:
+        queues.setdefault(case.modality, []).append(case)
+    share = -(-limit // len(queues))
+    picked = [[q[i * len(q) // share] for i in range(min(share, len(q)))] for q in queues.values()]
+    turns = [queue[i] for i in range(share) for queue in picked if i < len(queue)]
+    return tuple(turns[:limit])
 
 
 def check_graphs_against_torch(

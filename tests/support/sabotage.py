@@ -69,14 +69,13 @@ def blind(tensors: Tensors) -> None:
 
 
 def two_bits(tensors: Tensors) -> None:
-    """All decoder matrices rounded to four levels in blocks of 32."""
+    """All decoder matrices rounded to -2, -1, 0 or 1 times half the largest of their block of 32."""
     for name, tensor in tensors.items():
         if "text_model.layers" not in name or tensor.ndim != 2:
             continue
         blocks = tensor.astype(np.float32).reshape(-1, 32)
-        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
-        step = np.maximum((high - low) / 3, 1e-8)
-        rounded = low + step * np.round((blocks - low) / step)
+        step = np.maximum(np.abs(blocks).max(1, keepdims=True) / 2, 1e-8)
+        rounded = step * np.clip(np.round(blocks / step), -2, 1)
         tensors[name] = rounded.reshape(tensor.shape).astype(tensor.dtype)
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from exporter.calibrate.phantoms.stream import Stream
 
-SIZES_MM = (8, 11, 14, 18, 23, 29, 36)
-"""Diameters of measured findings; neighbours differ by about a quarter."""
+SIZES_MM = (8, 12, 17, 25, 36)
+"""Diameters of measured findings; neighbours differ by about a half."""
 SIDES = ("left", "right")
 MILD = ("mild", "moderate", "severe")
 SMALL = ("small", "moderate", "large")

@@ -138,7 +138,7 @@ def test_a_patient_with_many_images_does_not_count_as_many_patients() -> None:
     )
     exact = stats.binomtest(30, 300).proportion_ci(0.90, method="exact")
     found = rate_bounds(alone, range(300))
-    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=2e-3)
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
     wider = rate_bounds(together, patients)
     assert wider.low < found.low < found.high < wider.high
     same = [False] * 300

@@ -59,7 +59,7 @@ def test_the_settings_say_what_is_stored(quantized: Path, out: Path) -> None:
     settings = json.loads((out / "quantize_config.json").read_text())
     assert settings == json.loads((out / "config.json").read_text())["quantization_config"]
     keys = "bits group_size desc_act sym static_groups true_sequential damp_percent"
-    assert [settings[k] for k in keys.split()] == [4, 64, False, False, False, True, 0.01]
+    assert [settings[k] for k in keys.split()] == [4, 64, False, False, False, False, 0.01]
     assert (settings["quant_method"], settings["checkpoint_format"]) == ("gptq", "gptq_v2")
     layers = {e["name"]: e for e in _layers(quantized)}
     for module in written.quantized:

@@ -1,16 +1,20 @@
-"""A checkpoint written here, loaded by transformers with GPTQModel's kernels on the CPU."""
+"""A checkpoint written here read by transformers with GPTQModel's CPU kernels, and the reverse."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from exporter.core.blocks import dequantize
+from exporter.formats.gptq_matrix import GptqTensors, from_gptq
 from exporter.formats.gptq_write import GptqOptions, write_gptq
 from exporter.runtimes.torch_reference import load_model
+from tests.unit.formats import reference
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +49,38 @@ def test_logits_are_ours(tiny: Path, out: Path, tmp_path: Path, scheme: str, ver
         expected, found = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
     # Their kernels round scaled weights to float16.
     assert float((found - expected).abs().max()) < 2e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_gptqmodel_packs_is_read(bits: int, symmetric: bool) -> None:
+    """GPTQModel's own packer, version 2 in memory and 1 after its conversion."""
+    pytest.importorskip("gptqmodel", reason="its packer is the reference")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    linear = torch.nn.Linear(128, 64, bias=False)
+    g_idx = torch.arange(128) // 32
+    codes, scales, zeros = reference.quantize(
+        linear.weight.detach(), bits, g_idx, symmetric=symmetric
+    )
+    meant = (codes - zeros[:, g_idx]).float() * scales[:, g_idx]
+    linear.weight.data = meant
+    layer = TorchLinear(
+        bits=bits,
+        group_size=32,
+        sym=symmetric,
+        desc_act=False,
+        in_features=128,
+        out_features=64,
+        bias=False,
+        register_buffers=True,
+    )
+    layer.pack_original(linear, scales, zeros.float(), g_idx.to(torch.int32))
+    parts = {n: getattr(layer, n).numpy() for n in ("qweight", "qzeros", "scales", "g_idx")}
+    for version in (2, 1):
+        if version == 1:
+            one = 0x11111111 if bits == 4 else 0x01010101
+            parts["qzeros"] = parts["qzeros"] - np.int32(one)
+        packed = from_gptq(GptqTensors(**parts), bits, version, symmetric=symmetric)
+        assert packed is not None
+        assert np.array_equal(dequantize(packed), meant.numpy())
