@@ -88,7 +88,7 @@ def test_the_base_alone_is_clearly_worse(images: ImageSet) -> None:
     base = DEMO / "model"
     facts, exact = score(captions(TorchCaptioner(base, threads=1), images, 6), images, base, 6)
     assert facts < 0.7
-    assert exact == 0
+    assert exact < 0.2
 
 
 def test_it_is_small() -> None:

@@ -158,7 +158,7 @@ def test_int2_weights(lab: Lab) -> None:
     # sure the model was, and then that is named before.
     assert report.verdict == "FAIL"
     assert report.reason.startswith(("distribution: ", "flips: ")), report.reasons
-    assert {report.quantity(n).verdict for n in ("distribution", "flips")} == {"FAIL"}
+    assert {report.quantity(n).verdict for n in ("flips", "facts right")} == {"FAIL"}
 
 
 def test_no_adapter(lab: Lab) -> None:
