@@ -25,6 +25,7 @@ from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
 from exporter.core.tensors import Checkpoint, total_bytes
 from exporter.families.table import FAMILIES, family_of
+from exporter.runtimes.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +95,8 @@ def prove_logits(
             weight_steps=steps,
             seed=seed,
         )
-    return _prove_whole(recipe, merged, stored, seed)
+    with quiet_transformers():
+        return _prove_whole(recipe, merged, stored, seed)
 
 
 def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) -> LogitProof:

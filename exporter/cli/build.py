@@ -128,7 +128,10 @@ def chosen_scheme(int4: bool, int8: bool, scheme: str | None) -> str:
 def build(
     model: str, form: str, int4: bool, int8: bool, scheme: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Merge, quantize, export, verify, compare and package a model."""
+    """Merge, quantize, export, verify, compare and package a model.
+
+    The bundle is written whatever the comparison says; the exit code is the gate's verdict.
+    """
     from exporter.pipeline.build import build_bundle
     from exporter.pipeline.request import BuildRequest
 
@@ -147,6 +150,7 @@ def build(
         print_json(result.to_json())
     else:
         click.echo(result.to_text())
+    result.enforce()
 
 
 @click.command()

@@ -40,6 +40,17 @@ class BuildResult:
     work: Path
     manifest: Manifest
     comparison: Comparison | None
+    smoke: bool
+
+    def enforce(self) -> None:
+        """Raise `GateFailed` or `GateInconclusive` when the comparison did not pass its gate."""
+        from exporter.compare.candidates import NOISE_FLOOR
+        from exporter.compare.gate import enforce
+
+        if self.comparison and self.comparison.gates:
+            name = self.manifest.scheme
+            known = {g.candidate for g in self.comparison.gates}
+            enforce(self.comparison.gate(name if name in known else NOISE_FLOOR), smoke=self.smoke)
 
     def to_json(self) -> dict[str, Any]:
         """For `medexport build --json`."""
@@ -131,6 +142,7 @@ def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
         prompt=request.prompt or found.profile.prompts.default,
         max_new_tokens=found.profile.max_new_tokens,
         threads=request.threads,
+        gate=found.profile.gate,
     )
 
 
@@ -254,7 +266,7 @@ def _compare(
             scratch=b.stages.work / "compare.scratch",
             progress=p,
         ),
-        version=1,
+        version=2,
         parents=[reference.key, *(artifact.key for artifact in rows.values())],
         options=_options(evaluation),
         detail=f"{', '.join(rows) or 'the reference alone'} with fp16",
@@ -268,6 +280,8 @@ def _options(evaluation: do.Evaluation) -> dict[str, Any]:
         "prompt": evaluation.prompt,
         "tokens": evaluation.max_new_tokens,
         "threads": evaluation.threads,
+        "gate": msgspec.to_builtins(evaluation.gate),
+        "smoke": evaluation.smoke,
     }
 
 
@@ -303,7 +317,7 @@ def _package(
         from exporter.compare.compare import read_comparison
 
         result = read_comparison(comparison.path / do.COMPARISON)
-    return BuildResult(request.out, request.work_folder, manifest, result)
+    return BuildResult(request.out, request.work_folder, manifest, result, request.limit > 0)
 
 
 def _lineage(b: _Build) -> Lineage:

@@ -15,7 +15,7 @@ from exporter.bundle.manifest import Lineage, Manifest, Source, Usage
 from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
 from exporter.calibrate.sets import ImageSet, open_set
-from exporter.catalog.schema import ModelProfile
+from exporter.catalog.schema import Gate, ModelProfile
 from exporter.core.cases import Case
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
@@ -83,6 +83,8 @@ class Evaluation:
     prompt: str
     max_new_tokens: int
     threads: int
+    gate: Gate
+    smoke: bool
 
 
 def open_evaluation(
@@ -92,15 +94,21 @@ def open_evaluation(
     prompt: str | None = None,
     max_new_tokens: int = 64,
     threads: int | None = None,
+    gate: Gate | None = None,
 ) -> Evaluation:
-    """An image set by name or folder, its hashes checked, with its first cases (0: all).
+    """An image set by name or folder, its hashes checked, with `limit` of its cases (0: all).
 
-    A limited run takes cases evenly over the set, so that it sees every modality.
+    A limited run sees every modality and is a smoke test. Without `gate` the usual margins hold.
     """
     images = open_set(name)
-    cases = spread(images.cases(), limit)
     return Evaluation(
-        images, cases, prompt or images.prompt, max_new_tokens, threads or usable_cores()
+        images=images,
+        cases=spread(images.cases(), limit),
+        prompt=prompt or images.prompt,
+        max_new_tokens=max_new_tokens,
+        threads=threads or usable_cores(),
+        gate=gate or Gate(),
+        smoke=limit > 0,
     )
 
 
@@ -157,7 +165,7 @@ def compare_exported(
     Finished processes are kept in `scratch` (by default inside `out`) until all are done, so that a
     killed comparison goes on where it was.
     """
-    from exporter.compare.compare import Candidate, compare_models, write_reports
+    from exporter.compare.compare import Candidate, Plan, compare_models, write_reports
 
     rows = [Candidate(REFERENCE, reference / "model", "ort")]
     rows += [Candidate(name, exported / "model", "ort") for name, exported in candidates.items()]
@@ -171,6 +179,7 @@ def compare_exported(
         work,
         threads=evaluation.threads,
         progress=progress,
+        plan=Plan(gate=evaluation.gate, smoke=evaluation.smoke),
     )
     write_reports(comparison, out, lineage)
     shutil.rmtree(work)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from exporter.families.base import Preparer, PromptInputs
 from exporter.families.table import family_of
 from exporter.runtimes.base import Caption
 from exporter.runtimes.greedy import forced_inputs, greedy_caption, image_places
+from exporter.runtimes.quiet import quiet_transformers
 from exporter.runtimes.threads import usable_cores
 from exporter.runtimes.weights import float_tensors
 
@@ -175,7 +175,7 @@ def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
             if k not in ("torch_dtype", "dtype", "quantization_config")
         }
     )
-    with _quiet():
+    with quiet_transformers():
         model, found = kind.from_pretrained(
             None,
             config=parsed,
@@ -213,19 +213,3 @@ def _attach(model: Any, adapters: Sequence[Path]) -> None:
             raise InputRefused(f"{folder}: adapter key '{first}' does not fit this base model")
     wrapped.base_model.set_adapter(names)
     model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bar and load report out of our output for the block."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
