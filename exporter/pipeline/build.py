@@ -108,7 +108,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     reporter.begin("resolve", request.model)
     found = resolve(request.model, request.weights, request.adapters, offline=request.offline)
     names = dict.fromkeys((request.scheme, *request.also))
-    schemes = {n: find_scheme(found.profile.schemes.get(n, n)) for n in names}
+    schemes = {n: find_scheme(found.scheme_name(n)) for n in names}
     evaluation = _evaluation(request, found) if request.compare else None
     calibration = None
     if any(scheme.calibrated for scheme in schemes.values()):

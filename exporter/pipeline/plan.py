@@ -76,7 +76,7 @@ def make_plan(
     """Plan a build without converting anything. Raises what `build` would raise before its first stage."""
     machine = choose_target(target)
     found = resolve(model, weights, adapters, offline=offline)
-    chosen = find_scheme(found.profile.schemes.get(scheme, scheme))
+    chosen = find_scheme(found.scheme_name(scheme))
     config = read_config(found.base.path / "config.json")
     family = family_of(config)
     layers = plan_layers(

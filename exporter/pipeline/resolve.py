@@ -20,6 +20,8 @@ from exporter.core.tensors import Checkpoint, total_bytes
 from exporter.families.table import FAMILIES, family_of
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+# What --int4 means where a profile does not say: the method that needs no calibration images.
+DEFAULT_SCHEMES = {"int4": "int4-rtn"}
 GENERIC_PROMPT = "Describe the image."
 
 
@@ -42,6 +44,10 @@ class Resolved:
     family: str
     tensors: int
     weight_bytes: int
+
+    def scheme_name(self, asked: str) -> str:
+        """The scheme that `asked` stands for in this model's profile."""
+        return self.profile.schemes.get(asked) or DEFAULT_SCHEMES.get(asked, asked)
 
     def summary(self) -> dict[str, Any]:
         """A JSON-able form for `medexport resolve` and the reports."""

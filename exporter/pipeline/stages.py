@@ -120,7 +120,11 @@ def spread(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
     for case in cases:
         queues.setdefault(case.modality, []).append(case)
     share = -(-limit // len(queues))
-    picked = [[q[i * len(q) // share] for i in range(min(share, len(q)))] for q in queues.values()]
+    counts = {modality: min(share, len(q)) for modality, q in queues.items()}
+    picked = [
+        [q[i * len(q) // n] for i in range(n)]
+        for q, n in zip(queues.values(), counts.values(), strict=True)
+    ]
     turns = [queue[i] for i in range(share) for queue in picked if i < len(queue)]
     return tuple(turns[:limit])
 

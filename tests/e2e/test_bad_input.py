@@ -101,7 +101,13 @@ def test_weights_not_in_the_cache_and_offline(
 
 
 def test_weights_of_another_model(attempt: Attempt, weights: Path) -> None:
-    attempt.build(3, "expected 960", weights=weights, model="smolvlm-500m")
+    attempt.build(
+        3,
+        "this is not SmolVLM-500M-Instruct",
+        "--model demo",
+        weights=weights,
+        model="smolvlm-500m",
+    )
 
 
 def truncate(folder: Path) -> None:
@@ -166,7 +172,7 @@ def one_tensor_too_few(folder: Path) -> None:
         (declare_too_much, "header of 1099511627776 bytes"),
         (pickle_inside, "pickle"),
         (pickle_only, "expected safetensors"),
-        (missing_shard, "shard model-00002-of-00002.safetensors is missing"),
+        (missing_shard, "shard 'model-00002-of-00002.safetensors' is missing"),
         (no_config, "config.json"),
         (config_not_json, "not JSON"),
         (config_runs_code, "_attn_implementation_internal"),
