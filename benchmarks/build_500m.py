@@ -169,8 +169,10 @@ def package_model(exported: Path, out: Path) -> None:
             exported=exported,
             scheme="benchmark",
             target="cpu",
-            usage=Usage("idefics3", "Describe this medical image.", 64),
-            lineage=Lineage(Source(name="random weights", sha256="0" * 64)),
+            usage=Usage(
+                family="idefics3", prompt="Describe this medical image.", max_new_tokens=64
+            ),
+            lineage=Lineage(base=Source(name="random weights", sha256="0" * 64)),
             tools={},
             checks={},
             statement="random weights",

@@ -25,6 +25,7 @@ def verify(bundle: Path, key: Path | None, as_json: bool) -> None:
     from exporter.bundle.verify import verify_bundle
 
     console = Console()
+    console.begin("verify", bundle.name)
     found = verify_bundle(bundle, key, progress=console.advance)
     if found.signer:
         signature = f"signed by key {found.signer}"
