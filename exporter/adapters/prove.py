@@ -204,15 +204,8 @@ def _inputs(config: dict[str, Any], seed: int) -> tuple[dict[str, torch.Tensor],
     families = {kind for family in FAMILIES.values() for kind in family.MODEL_TYPES}
     if config.get("model_type") not in families or image is None:
         return {"input_ids": torch.from_numpy(ids[None])}, 0
-    tower = family_of(config).tower_spec(config)
-    tiles = 2
-    shape = (1, tiles, 3, tower.image_size, tower.image_size)
-    pixels = generator.uniform(-1, 1, shape).astype(np.float32)
-    ids = np.concatenate([ids[:4], np.full(tiles * tower.tokens, image), ids[4:]])
-    return {
-        "input_ids": torch.from_numpy(ids[None]),
-        "pixel_values": torch.from_numpy(pixels),
-    }, tiles
+    arrays, tiles = family_of(config).proof_inputs(config, generator, ids)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, tiles
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:

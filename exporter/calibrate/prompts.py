@@ -111,7 +111,7 @@ def _embed(
             f"of caption and {limit} at most"
         )
     tokens = np.concatenate([inputs.input_ids, np.asarray(answer, np.int64)])
-    features = engine.features(inputs.pixel_values)
+    features = engine.features(inputs)
     places = np.zeros(length, np.bool_)
     places[:start] = image_places(preparer, inputs, len(features))
     outputs = engine.embed.run(["inputs_embeds"], {"input_ids": tokens[None]})

@@ -186,20 +186,10 @@ def load_block(checkpoint: Checkpoint, spec: DecoderSpec, layer: int) -> dict[st
     Raises `InputRefused` when one is missing or of another shape than `spec` says.
     """
     prefix = block_prefix(spec, layer)
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
+    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
     found = {}
     for name in block_names(spec, layer):
-        expected = shapes.get(name.split(".")[-2], (hidden,))
+        expected = shapes[name]
         if checkpoint.info(name).shape != expected:
             raise InputRefused(
                 f"tensor '{name}' is {list(checkpoint.info(name).shape)}; expected {list(expected)} "

@@ -23,7 +23,6 @@ from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
 from exporter.runtimes.images import open_image
 from exporter.runtimes.ort import OrtCaptioner
-from exporter.runtimes.ort_session import open_session
 
 if TYPE_CHECKING:
     from exporter.runtimes.torch_reference import TorchCaptioner
@@ -107,7 +106,7 @@ def check_parity(
     truths, spoken = _ask_torch(reference, probes, cases, prompt, max_new_tokens, threads)
     step("torch reference")
     exported = OrtCaptioner(exported_fp32, threads=threads)
-    checks = _compare(EXPORT, exported, exported_fp32, probes, truths, FLOAT_BOUND, threads)
+    checks = _compare(EXPORT, exported, probes, truths, FLOAT_BOUND)
     ties = sum(
         _same_tokens(exported, case, prompt, tokens, max_new_tokens)
         for case, tokens in zip(cases, spoken, strict=True)
@@ -119,14 +118,14 @@ def check_parity(
         quantized = (weights / "quantization.json").is_file()
         bound = INT8_ACTIVATION_BOUND if quantized else FLOAT_BOUND
         captioner = OrtCaptioner(graphs, threads=threads)
-        checks += _compare(name, captioner, graphs, probes, truths, bound, threads)
+        checks += _compare(name, captioner, probes, truths, bound)
         step(name)
     return ParityReport(
         summary=_summary(checks, len(cases), ties),
         checks=tuple(checks),
         captions=len(cases),
         ties=ties,
-        tile_counts=tuple(sorted({len(p.inputs.pixel_values) for p in probes})),
+        tile_counts=tuple(sorted({len(p.inputs.vision) for p in probes})),
         prompt_lengths=tuple(sorted({len(p.inputs.input_ids) for p in probes})),
     )
 
@@ -173,31 +172,22 @@ def _torch_features(captioner: TorchCaptioner, probe: Probe) -> NDArray[np.float
     import torch
 
     with torch.inference_mode():
-        pixels = torch.from_numpy(probe.inputs.pixel_values)[None]
-        # Tiles of exact zeros would be dropped as padding; probes are photographs and have none.
-        found = captioner.model.get_image_features(pixel_values=pixels)
-    tensors = getattr(found, "pooler_output", found)
-    rows = [t.reshape(-1, t.shape[-1]).numpy() for t in tensors]
-    features: NDArray[np.float32] = np.concatenate(rows)
+        rows = captioner.family.library_features(captioner.model, probe.inputs)
+    features: NDArray[np.float32] = rows.numpy()
     return features
 
 
 def _compare(
     name: str,
     captioner: OrtCaptioner,
-    folder: Path,
     probes: Sequence[Probe],
     truths: Sequence[_Truth],
     bound: float,
-    threads: int,
 ) -> list[Check]:
-    session = open_session(folder / "onnx" / f"{VISION}.onnx", threads)
     errors: dict[str, list[float]] = {VISION: [], DECODER: []}
     for probe, truth in zip(probes, truths, strict=True):
-        feed = {"pixel_values": probe.inputs.pixel_values[None]}
-        features = np.asarray(session.run(["image_features"], feed)[0])
-        flat = features.reshape(-1, features.shape[-1])
-        errors[VISION].append(relative_error(truth.features, flat))
+        features = captioner.engine.features(probe.inputs)
+        errors[VISION].append(relative_error(truth.features, features))
         logits = captioner.score(probe.image, probe.prompt, truth.tokens)
         errors[DECODER].append(logit_error(truth.logits, logits))
     checks = []

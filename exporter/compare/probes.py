@@ -41,6 +41,6 @@ def make_probes(preparer: Preparer, cases: Sequence[Case], prompt: str) -> list[
             part = image.crop(box)
             inputs = preparer.prepare([part], text)
             size = f"{part.width}x{part.height}"
-            detail = f"{size}, {len(inputs.pixel_values)} tiles, {len(inputs.input_ids)} tokens"
+            detail = f"{size}, {len(inputs.vision)} tiles, {len(inputs.input_ids)} tokens"
             probes.append(Probe(f"{case.id} ({detail})", part, text, inputs))
     return probes

@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+
+if TYPE_CHECKING:
+    import torch
+
+# Why a tensor is kept in float16 whatever the scheme says.
+NORM = "normalisation weights: few bytes, large effect"
+BIAS = "bias: few bytes, added at full precision"
+POSITIONS = "position embedding: added, not multiplied"
+PATCHES = "patch convolution: first layer, few bytes"
+
+# "decoder" and "vision" are linear layers, of which the scheme decides by the part they are in.
+Role = Literal["embedding", "head", "decoder", "vision", "float"]
+Feed = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the architecture by its name in the checkpoint; `reason` why role "float" is float.
+
+    `inputs`: calibration sees what a linear layer is multiplied with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role = "float"
+    reason: str = ""
+    inputs: bool = False
+
+
+def norm_tensors(name: str, size: int) -> Iterator[TensorSpec]:
+    """Weight and bias of a layer norm called `name`."""
+    yield TensorSpec(name + ".weight", (size,), reason=NORM)
+    yield TensorSpec(name + ".bias", (size,), reason=BIAS)
+
+
+class VisionSpec(Protocol):
+    """The vision part of a family, projection included. `graphs.parts` has a writer for each kind."""
+
+    @property
+    def output_size(self) -> int:
+        """Width of a feature row: the decoder's hidden size."""
+        ...
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every tensor it has."""
+        ...
+
+    def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
+        """Random inputs of the graph at two or more shapes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +85,49 @@ class DecoderSpec:
     final_norm: str
     head: str
     tied: bool
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape of each matrix of a block by its name within the block, in the order of use."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every tensor it has: the embedding first, the head (unless tied) last."""
+        hidden, table = (self.hidden_size,), (self.vocab_size, self.hidden_size)
+        yield TensorSpec(self.embedding, table, "embedding")
+        for i in range(self.layers):
+            layer = f"{self.prefix}layers.{i}."
+            yield TensorSpec(layer + "input_layernorm.weight", hidden, reason=NORM)
+            for name, shape in self.matrix_shapes().items():
+                yield TensorSpec(f"{layer}{name}.weight", shape, "decoder", inputs=True)
+            yield TensorSpec(layer + "post_attention_layernorm.weight", hidden, reason=NORM)
+        yield TensorSpec(self.final_norm, hidden, reason=NORM)
+        if not self.tied:
+            yield TensorSpec(self.head, table, "head")
+
+    def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
+        """Random inputs of the graph: a prompt, and one token behind three in a batch of two."""
+        for batch, length, past, keep in ((1, 5, 0, 1), (2, 1, 3, 0)):
+            feed: dict[str, NDArray[Any]] = {
+                "inputs_embeds": rng.standard_normal((batch, length, self.hidden_size), np.float32),
+                "attention_mask": np.ones((batch, past + length), np.int64),
+                "num_logits_to_keep": np.array(keep, np.int64),
+            }
+            shape = (batch, self.kv_heads, past, self.head_dim)
+            for layer in range(self.layers):
+                for part in ("key", "value"):
+                    name = f"past_key_values.{layer}.{part}"
+                    feed[name] = rng.standard_normal(shape, np.float32)
+            yield feed
 
 
 @dataclass(frozen=True)
@@ -69,17 +162,67 @@ class TowerSpec:
         """Rows of features per tile."""
         return (self.patches // self.shuffle) ** 2
 
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every tensor of tower and projection."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkv"} | {
+            "self_attn.out_proj": (hidden, hidden),
+            "mlp.fc1": (inner, hidden),
+            "mlp.fc2": (hidden, inner),
+        }
+        patch = f"{self.prefix}embeddings.patch_embedding."
+        side = self.patch_size
+        yield TensorSpec(patch + "weight", (hidden, 3, side, side), reason=PATCHES)
+        yield TensorSpec(patch + "bias", (hidden,), reason=BIAS)
+        positions = f"{self.prefix}embeddings.position_embedding.weight"
+        yield TensorSpec(positions, (self.patches**2, hidden), reason=POSITIONS)
+        for i in range(self.layers):
+            layer = f"{self.prefix}encoder.layers.{i}."
+            for name, shape in shapes.items():
+                yield TensorSpec(f"{layer}{name}.weight", shape, "vision")
+                yield TensorSpec(f"{layer}{name}.bias", shape[:1], reason=BIAS)
+            yield from norm_tensors(layer + "layer_norm1", hidden)
+            yield from norm_tensors(layer + "layer_norm2", hidden)
+        yield from norm_tensors(self.prefix + "post_layernorm", hidden)
+        yield TensorSpec(self.projection, (self.output_size, hidden * self.shuffle**2), "vision")
+
+    def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
+        """Random tiles, alone and in a batch of two."""
+        for batch in (1, 2):
+            shape = (batch, 1, 3, self.image_size, self.image_size)
+            yield {"pixel_values": rng.uniform(-1, 1, shape).astype(np.float32)}
+
 
 @dataclass(frozen=True)
 class PromptInputs:
     """One prompt with its images, ready for the graphs.
 
-    input_ids: int64 ``[length]`` with one image token per feature row;
-    pixel_values: float32 ``[tiles, 3, height, width]`` in the order of the image tokens.
+    input_ids: int64 ``[length]`` with one image token per feature row; vision: the inputs of the
+    vision graph for each of its runs, whose feature rows one after the other belong to the image
+    tokens; positions: int64 ``[axes, length]`` where a position is more than a place in the text.
     """
 
     input_ids: NDArray[np.int64]
-    pixel_values: NDArray[np.float32]
+    vision: tuple[Feed, ...]
+    positions: NDArray[np.int64] | None = None
+
+    @property
+    def pixel_values(self) -> NDArray[np.float32]:
+        """The pixels of all runs along their first axis but one: float32 ``[tiles, ...]``."""
+        return np.concatenate([feed["pixel_values"][0] for feed in self.vision])
+
+
+@dataclass(frozen=True)
+class ReaderFiles:
+    """What other readers look for in the small files: classes of the processor and extra settings.
+
+    `genai`: whether onnxruntime-genai can run the graphs as a chain.
+    """
+
+    processor_class: str
+    image_processor_type: str
+    processor: Mapping[str, Any]
+    genai: bool
 
 
 @dataclass(frozen=True)
@@ -106,18 +249,48 @@ class Preparer(Protocol):
 
 
 class Family(Protocol):
-    """The module-level functions of a family's file."""
+    """The module-level names of a family's file. The torch functions are for the build side only."""
 
     MODEL_TYPES: tuple[str, ...]
+    # Class of transformers by model_type.
+    TORCH_CLASSES: Mapping[str, str]
 
     def decoder_spec(self, config: Mapping[str, Any]) -> DecoderSpec:
         """Spec of the decoder from a parsed config.json. Raises `InputRefused` on a bad config."""
         ...
 
-    def tower_spec(self, config: Mapping[str, Any]) -> TowerSpec:
+    def tower_spec(self, config: Mapping[str, Any]) -> VisionSpec:
         """Spec of the vision part from a parsed config.json. Raises `InputRefused` on a bad config."""
         ...
 
     def open_preparer(self, model_dir: Path) -> Preparer:
         """Read tokenizer, template and image settings of a model folder."""
+        ...
+
+    def reader_files(self, config: Mapping[str, Any]) -> ReaderFiles:
+        """What transformers.js and onnxruntime-genai need to know about a parsed config.json."""
+        ...
+
+    def proof_inputs(
+        self, config: Mapping[str, Any], rng: np.random.Generator, ids: NDArray[np.int64]
+    ) -> tuple[dict[str, NDArray[Any]], int]:
+        """Arguments of the torch model for the text `ids` ``[length]`` behind random images, and
+        how many tiles these have.
+        """
+        ...
+
+    def torch_features(self, model: Any, inputs: PromptInputs) -> torch.Tensor:
+        """Feature rows ``[rows, hidden]`` of the torch model, as the vision graph gives them."""
+        ...
+
+    def library_features(self, model: Any, inputs: PromptInputs) -> torch.Tensor:
+        """The same by transformers' own method, to check the graphs against."""
+        ...
+
+    def torch_append(
+        self, model: Any, embeds: torch.Tensor, cache: Any, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Last hidden states ``[length, hidden]`` of embeddings ``[length, hidden]`` behind `cache`
+        (None: nothing), and the new cache; `positions` int64 ``[axes, length]``.
+        """
         ...

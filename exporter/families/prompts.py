@@ -20,13 +20,19 @@ from tokenizers import Tokenizer
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.families.base import DecoderSpec, GenerationSettings, PromptInputs, TowerSpec
-from exporter.families.chat import MAX_TEMPLATE, ChatTemplate
+from exporter.families.chat import ChatTemplate
+from exporter.families.textfiles import (
+    read_optional,
+    read_template,
+    read_tokenizer,
+    special_tokens,
+    stop_ids,
+)
 from exporter.families.tiling import TilingSettings, read_settings, split_image
 
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 END = "<end_of_utterance>"
 MARKERS = re.compile(r"<image>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>")
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def image_text(rows: int, cols: int, tokens: int) -> str:
@@ -81,9 +87,9 @@ class Idefics3Preparer:
         twice = bool(self._bos) and text.startswith(self._bos)
         encoding = self._tokenizer.encode(text, add_special_tokens=not twice)
         ids = np.array(encoding.ids, np.int64)
-        side = self._tiling.tile
-        pixels = [t.pixel_values for t in tiles] or [np.empty((0, 3, side, side), np.float32)]
-        inputs = PromptInputs(ids, np.concatenate(pixels))
+        # One tile a run: batches of 2 and 4 were not faster at SmolVLM-256M's size and need more memory.
+        runs = tuple({"pixel_values": p[None, None]} for t in tiles for p in t.pixel_values)
+        inputs = PromptInputs(ids, runs)
         self._check(inputs)
         return inputs
 
@@ -111,7 +117,7 @@ class Idefics3Preparer:
     def _check(self, inputs: PromptInputs) -> None:
         length, ids = len(inputs.input_ids), inputs.input_ids
         found = int((ids == self.image_token_id).sum())
-        expected = len(inputs.pixel_values) * self._tokens
+        expected = len(inputs.vision) * self._tokens
         if found != expected:
             raise InputRefused(
                 f"tokenizer.json made {found} image tokens of {expected}; expected '{IMAGE}' to be one token"
@@ -135,8 +141,8 @@ def read_preparer(
 
     Raises `InputRefused` when a file is missing or they disagree with config.json.
     """
-    tokenizer = _tokenizer(folder)
-    processor = _optional(folder / "processor_config.json")
+    tokenizer = read_tokenizer(folder)
+    processor = read_optional(folder / "processor_config.json")
     nested = processor.get("image_processor")
     where = folder / ("processor_config.json" if nested else "preprocessor_config.json")
     tiling = read_settings(nested or read_json(where), str(where))
@@ -156,60 +162,10 @@ def read_preparer(
         raise InputRefused(
             f"{folder / 'tokenizer.json'}: '{IMAGE}' is token {image_id}, config.json says {configured}"
         )
-    special = _special_tokens(folder)
-    template = ChatTemplate(*_template(folder), special)
-    generation = GenerationSettings(_stop_ids(folder, config, tokenizer), decoder.max_positions)
+    special = special_tokens(folder)
+    template = ChatTemplate(*read_template(folder), special)
+    generation = GenerationSettings(
+        stop_ids(folder, config, tokenizer, (END,)), decoder.max_positions
+    )
     bos = special.get("bos_token", "")
     return Idefics3Preparer(tokenizer, template, tiling, tower, decoder, generation, bos, image_id)
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    read_json(path)  # for its one-line errors and its size limit
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise InputRefused(f"{path}: not a tokenizer ({str(error)[:200]})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _template(folder: Path) -> tuple[str, str]:
-    """Source and place of the chat template: the newest place first, as transformers looks."""
-    plain = folder / "chat_template.jinja"
-    if plain.is_file():
-        with plain.open("rb") as file:
-            return file.read(5 * MAX_TEMPLATE).decode(errors="replace"), str(plain)
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        source = _optional(folder / name).get("chat_template")
-        if isinstance(source, str):
-            return source, str(folder / name)
-    raise InputRefused(
-        f"{folder}: no chat template; expected chat_template.jinja, chat_template.json or one in "
-        "tokenizer_config.json"
-    )
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    config = _optional(folder / "tokenizer_config.json")
-    found = {key: config.get(key) for key in SPECIAL}
-    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _stop_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
-    path = folder / "generation_config.json"
-    text = config.get("text_config") or {}
-    declared = _optional(path).get(
-        "eos_token_id", config.get("eos_token_id", text.get("eos_token_id"))
-    )
-    ids = declared if isinstance(declared, list) else [declared]
-    stops = {i for i in [*ids, tokenizer.token_to_id(END)] if i is not None}
-    if not stops or not all(type(i) is int for i in stops):
-        raise InputRefused(f"{path}: eos_token_id is {declared!r}; expected a token id or a list")
-    return frozenset(stops)

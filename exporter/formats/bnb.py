@@ -165,12 +165,11 @@ def _int8_entry(checkpoint: Checkpoint, name: str, errors: dict[str, float]) -> 
 def _linear_names(checkpoint: Checkpoint, config: dict[str, Any]) -> set[str]:
     family = family_of(config)
     decoder, tower = family.decoder_spec(config), family.tower_spec(config)
-    blocks = (f"{decoder.prefix}layers.", f"{tower.prefix}encoder.layers.")
     names = {
-        name
-        for name, info in checkpoint.tensors.items()
-        if name.startswith(blocks) and name.endswith(".weight") and len(info.shape) == 2
-    } | {tower.projection}
+        tensor.name
+        for tensor in (*decoder.tensors(), *tower.tensors())
+        if tensor.role in ("decoder", "vision")
+    }
     for name in sorted(names):
         info = checkpoint.info(name)
         if info.dtype not in FLOATS or len(info.shape) != 2:

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused, ParityFailed
 from exporter.core.modelfiles import read_config
-from exporter.families.base import DecoderSpec, TowerSpec
+from exporter.families.base import DecoderSpec, Feed
 from exporter.families.table import family_of
 from exporter.graphs import decoder, embedding, tower
 from exporter.graphs.writer import MICROSOFT
-
-Feed = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -41,9 +37,9 @@ def check_graphs(model_dir: Path) -> tuple[GraphCheck, ...]:
     family = family_of(config)
     text, vision = family.decoder_spec(config), family.tower_spec(config)
     feeds = {
-        tower.NAME: _tower_feeds(vision),
+        tower.NAME: vision.example_feeds(np.random.default_rng(0)),
         embedding.NAME: _embedding_feeds(text),
-        decoder.NAME: _decoder_feeds(text),
+        decoder.NAME: text.example_feeds(np.random.default_rng(0)),
     }
     return tuple(_check(model_dir / "onnx" / f"{n}.onnx", f) for n, f in feeds.items())
 
@@ -60,7 +56,7 @@ def _check(path: Path, feeds: Iterator[Feed]) -> GraphCheck:
     shapes = []
     for feed in feeds:
         try:
-            outputs = session.run(None, feed)
+            outputs = session.run(None, dict(feed))
         except Exception as error:
             raise ParityFailed(f"{path}: onnxruntime does not run it: {error}") from error
         for info, value in zip(session.get_outputs(), outputs, strict=True):
@@ -99,30 +95,7 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
         raise InputRefused(f"{data}: too short for weight '{tensor.name}'; export the model again")
 
 
-def _tower_feeds(spec: TowerSpec) -> Iterator[Feed]:
-    rng = np.random.default_rng(0)
-    for batch, tiles in ((1, 1), (2, 1)):
-        shape = (batch, tiles, 3, spec.image_size, spec.image_size)
-        yield {"pixel_values": rng.uniform(-1, 1, shape).astype(np.float32)}
-
-
 def _embedding_feeds(spec: DecoderSpec) -> Iterator[Feed]:
     last = spec.vocab_size - 1
     yield {"input_ids": np.array([[0, last]], np.int64)}
     yield {"input_ids": np.array([[0, last, last // 2], [last // 3, 0, last]], np.int64)}
-
-
-def _decoder_feeds(spec: DecoderSpec) -> Iterator[Feed]:
-    rng = np.random.default_rng(0)
-    for batch, length, past, keep in ((1, 5, 0, 1), (2, 1, 3, 0)):
-        feed: Feed = {
-            "inputs_embeds": rng.standard_normal((batch, length, spec.hidden_size), np.float32),
-            "attention_mask": np.ones((batch, past + length), np.int64),
-            "num_logits_to_keep": np.array(keep, np.int64),
-        }
-        for layer in range(spec.layers):
-            for part in ("key", "value"):
-                feed[f"past_key_values.{layer}.{part}"] = rng.standard_normal(
-                    (batch, spec.kv_heads, past, spec.head_dim), np.float32
-                )
-        yield feed

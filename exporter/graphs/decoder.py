@@ -74,6 +74,7 @@ class _Decoder:
         self.spec = spec
         self.weights = weights
         self.options = options
+        self.shapes = spec.matrix_shapes()
 
     def build(self) -> None:
         writer, spec = self.writer, self.spec
@@ -251,19 +252,7 @@ class _Decoder:
         return self.weights.matrix(spec.head, spec.vocab_size, spec.hidden_size)
 
     def _matrix(self, name: str) -> Matrix:
-        spec = self.spec
-        width = spec.heads * spec.head_dim
-        narrow = spec.kv_heads * spec.head_dim
-        shapes = {
-            "q_proj": (width, spec.hidden_size),
-            "k_proj": (narrow, spec.hidden_size),
-            "v_proj": (narrow, spec.hidden_size),
-            "o_proj": (spec.hidden_size, width),
-            "gate_proj": (spec.intermediate_size, spec.hidden_size),
-            "up_proj": (spec.intermediate_size, spec.hidden_size),
-            "down_proj": (spec.hidden_size, spec.intermediate_size),
-        }
-        rows, columns = shapes[name.split(".")[-2]]
+        rows, columns = self.shapes[".".join(name.split(".")[-3:-1])]
         return self.weights.matrix(name, rows, columns)
 
     def _linear(self, name: str, x: str, matrix: Matrix) -> str:

@@ -13,8 +13,8 @@ from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
 from exporter.graphs.decoder import DecoderOptions, write_decoder
 from exporter.graphs.embedding import write_embedding
+from exporter.graphs.parts import write_vision
 from exporter.graphs.readers import complete_for_readers
-from exporter.graphs.tower import write_tower
 from exporter.graphs.weights import FloatStorage, WeightSource
 from exporter.graphs.writer import OPSET, WrittenGraph
 
@@ -66,7 +66,7 @@ def export_model(
     onnx = model / "onnx"
     onnx.mkdir(parents=True)
     parts = (
-        write_tower(onnx, tower, weights, tower_accuracy_level),
+        write_vision(onnx, tower, weights, tower_accuracy_level),
         write_embedding(onnx, decoder, weights),
         write_decoder(onnx, decoder, weights, DecoderOptions(accuracy_level)),
     )

@@ -14,12 +14,11 @@ from typing import Any
 from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json
 from exporter.core.modelfiles import read_config, read_json
-from exporter.families.base import DecoderSpec
+from exporter.families.base import DecoderSpec, ReaderFiles
 from exporter.families.table import family_of
 from exporter.graphs.genai import write_genai_files
 from exporter.graphs.writer import WrittenGraph
 
-CLASSES = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}
 TEMPLATES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 
 
@@ -32,19 +31,20 @@ def complete_for_readers(model: Path, parts: Sequence[WrittenGraph]) -> None:
     Raises `InputRefused` when tokenizer, template or settings are missing or disagree.
     """
     config = read_config(model / "config.json")
-    decoder = family_of(config).decoder_spec(config)
+    family = family_of(config)
+    decoder = family.decoder_spec(config)
     _add(model / "config.json", _config(config, decoder, parts))
     if not (model / "tokenizer.json").is_file():
         return
-    preparer = family_of(config).open_preparer(model)
+    preparer = family.open_preparer(model)
     _add(model / "config.json", {"image_token_id": preparer.image_token_id})
     _add(model / "tokenizer_config.json", {"chat_template": _template(model)})
     stops = sorted(preparer.generation.stop_ids)
     _add(model / "generation_config.json", {"eos_token_id": stops})
-    _add_processor(
-        model, CLASSES[config["model_type"]], family_of(config).tower_spec(config).tokens
-    )
-    write_genai_files(model, decoder, preparer.image_token_id, stops)
+    files = family.reader_files(config)
+    _add_processor(model, files)
+    if files.genai:
+        write_genai_files(model, decoder, preparer.image_token_id, stops)
 
 
 def _config(
@@ -61,20 +61,18 @@ def _config(
         "num_key_value_heads": decoder.kv_heads,
         "head_dim": decoder.head_dim,
     }
-    return {
-        "text_config": {**config["text_config"], **sizes},
-        "transformers.js_config": settings,
-    }
+    text = {"text_config": {**config["text_config"], **sizes}} if "text_config" in config else sizes
+    return {**text, "transformers.js_config": settings}
 
 
-def _add_processor(model: Path, kind: str, tokens: int) -> None:
+def _add_processor(model: Path, files: ReaderFiles) -> None:
     processor = _read(model / "processor_config.json")
     # transformers 5 saves the image settings inside processor_config.json alone.
     image = processor.get("image_processor") or _read(model / "preprocessor_config.json")
-    names = {"processor_class": f"{kind}Processor"}
-    settings = {"image_processor_type": f"{kind}ImageProcessor", **image, **names}
+    names = {"processor_class": files.processor_class}
+    settings = {"image_processor_type": files.image_processor_type, **image, **names}
     _add(model / "preprocessor_config.json", settings)
-    _add(model / "processor_config.json", {"image_seq_len": tokens, **names})
+    _add(model / "processor_config.json", {**files.processor, **names})
 
 
 def _add(path: Path, values: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ Nothing unknown, nothing missing, nothing silently left in float.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,18 +15,21 @@ from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat
 from exporter.core.errors import InputRefused
 from exporter.core.header import shown
 from exporter.core.tensors import FLOATS, Checkpoint
-from exporter.families.base import DecoderSpec, TowerSpec
+from exporter.families.base import DecoderSpec, Role, TensorSpec, VisionSpec
 from exporter.quantizers.packing import MIN_BLOCK, packed_bytes
 from exporter.quantizers.schemes import Method, Scheme
 
 Kind = Literal["linear", "head", "embedding", "float"]
-NORM = "normalisation weights: few bytes, large effect"
-BIAS = "bias: few bytes, added at full precision"
-POSITIONS = "position embedding: added, not multiplied"
-PATCHES = "patch convolution: first layer, few bytes"
 # Buffers that older transformers saved although they follow from the config; not carried over.
 BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 UNSET = "the scheme keeps this part in float16"
+KINDS: dict[Role, Kind] = {
+    "decoder": "linear",
+    "vision": "linear",
+    "head": "head",
+    "embedding": "embedding",
+    "float": "float",
+}
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,8 @@ class LayerPlan:
         return found
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """A tensor of the architecture: `format` is what the scheme wants, `reason` why it is float."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind = "float"
-    format: BlockFormat | None = None
-    reason: str = UNSET
-    inputs: bool = False  # calibration sees what it is multiplied with
-
-
 def plan_layers(
-    checkpoint: Checkpoint, decoder: DecoderSpec, tower: TowerSpec, scheme: Scheme
+    checkpoint: Checkpoint, decoder: DecoderSpec, tower: VisionSpec, scheme: Scheme
 ) -> tuple[LayerPlan, ...]:
     """One plan for each tensor of the checkpoint, in the order in which they will be stored.
 
@@ -99,11 +89,11 @@ def plan_layers(
             "tie_word_embeddings; set it to false or remove the head"
         )
     decoder = replace(decoder, tied=decoder.tied or shared)
-    expected = [*_decoder_tensors(decoder, scheme), *_tower_tensors(tower, scheme)]
+    expected = [*decoder.tensors(), *tower.tensors()]
     _refuse_strangers(
         checkpoint, {e.name for e in expected} | ({decoder.head} if shared else set())
     )
-    return tuple(_planned(checkpoint, e, scheme) for e in expected)
+    return tuple(_planned(checkpoint, e, _wanted(e, decoder, scheme), scheme) for e in expected)
 
 
 def fit_block(columns: int, fmt: BlockFormat, *, whole: bool) -> BlockFormat | None:
@@ -120,80 +110,44 @@ def fit_block(columns: int, fmt: BlockFormat, *, whole: bool) -> BlockFormat | N
     return min(formats, key=lambda f: packed_bytes(1, columns, f), default=None)
 
 
-def _planned(checkpoint: Checkpoint, expected: _Expected, scheme: Scheme) -> LayerPlan:
+def _wanted(tensor: TensorSpec, decoder: DecoderSpec, scheme: Scheme) -> BlockFormat | None:
+    """The format that the scheme gives a tensor by its role."""
+    match tensor.role:
+        case "decoder":
+            return scheme.decoder
+        case "vision":
+            return scheme.vision
+        case "head":
+            return scheme.head
+        case "embedding" if decoder.tied:
+            # A shared matrix is stored as finely as the finer of its two uses asks.
+            formats = [f for f in (scheme.embedding, scheme.head) if f]
+            return max(formats, key=lambda f: f.bits, default=None)
+        case "embedding":
+            return scheme.embedding
+        case "float":
+            return None
+
+
+def _planned(
+    checkpoint: Checkpoint, expected: TensorSpec, fmt: BlockFormat | None, scheme: Scheme
+) -> LayerPlan:
     info = checkpoint.info(expected.name)
     if info.shape != expected.shape or info.dtype not in FLOATS:
         raise InputRefused(
             f"tensor '{expected.name}' is {info.dtype} {list(info.shape)}; expected floating point "
             f"{list(expected.shape)} by config.json"
         )
-    fmt, reason = expected.format, expected.reason
+    reason = expected.reason or UNSET
     if fmt is not None:
-        fmt = fit_block(expected.shape[1], fmt, whole=expected.kind == "embedding")
+        fmt = fit_block(expected.shape[1], fmt, whole=expected.role == "embedding")
         reason = "" if fmt else f"{expected.shape[1]} columns are no multiple of {MIN_BLOCK}"
     if fmt is None:
         size = 2 * int(np.prod(expected.shape))
         return LayerPlan(expected.name, "float", expected.shape, None, "none", reason, size)
     size = packed_bytes(expected.shape[0], expected.shape[1], fmt)
     method = scheme.method_for(fmt, inputs=expected.inputs)
-    return LayerPlan(expected.name, expected.kind, expected.shape, fmt, method, "", size)
-
-
-def _decoder_tensors(d: DecoderSpec, scheme: Scheme) -> Iterator[_Expected]:
-    hidden, inner = d.hidden_size, d.intermediate_size
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    shapes = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    table = (d.vocab_size, hidden)
-    # A shared matrix is stored as finely as the finer of its two uses asks.
-    formats = [f for f in (scheme.embedding, scheme.head) if f] if d.tied else [scheme.embedding]
-    both = max(formats, key=lambda f: f.bits if f else 0, default=None)
-    yield _Expected(d.embedding, table, "embedding", both)
-    for i in range(d.layers):
-        layer = f"{d.prefix}layers.{i}."
-        yield _Expected(layer + "input_layernorm.weight", (hidden,), reason=NORM)
-        for name, shape in shapes.items():
-            yield _Expected(f"{layer}{name}.weight", shape, "linear", scheme.decoder, inputs=True)
-        yield _Expected(layer + "post_attention_layernorm.weight", (hidden,), reason=NORM)
-    yield _Expected(d.final_norm, (hidden,), reason=NORM)
-    if not d.tied:
-        yield _Expected(d.head, table, "head", scheme.head)
-
-
-def _tower_tensors(t: TowerSpec, scheme: Scheme) -> Iterator[_Expected]:
-    hidden, inner = t.hidden_size, t.intermediate_size
-    shapes = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkv"} | {
-        "self_attn.out_proj": (hidden, hidden),
-        "mlp.fc1": (inner, hidden),
-        "mlp.fc2": (hidden, inner),
-    }
-    patch = f"{t.prefix}embeddings.patch_embedding."
-    yield _Expected(patch + "weight", (hidden, 3, t.patch_size, t.patch_size), reason=PATCHES)
-    yield _Expected(patch + "bias", (hidden,), reason=BIAS)
-    positions = f"{t.prefix}embeddings.position_embedding.weight"
-    yield _Expected(positions, (t.patches**2, hidden), reason=POSITIONS)
-    for i in range(t.layers):
-        layer = f"{t.prefix}encoder.layers.{i}."
-        for name, shape in shapes.items():
-            yield _Expected(f"{layer}{name}.weight", shape, "linear", scheme.vision)
-            yield _Expected(f"{layer}{name}.bias", shape[:1], reason=BIAS)
-        yield from _norm(layer + "layer_norm1", hidden)
-        yield from _norm(layer + "layer_norm2", hidden)
-    yield from _norm(t.prefix + "post_layernorm", hidden)
-    projection = (t.output_size, hidden * t.shuffle**2)
-    yield _Expected(t.projection, projection, "linear", scheme.vision)
-
-
-def _norm(name: str, size: int) -> Iterator[_Expected]:
-    yield _Expected(name + ".weight", (size,), reason=NORM)
-    yield _Expected(name + ".bias", (size,), reason=BIAS)
+    return LayerPlan(expected.name, KINDS[expected.role], expected.shape, fmt, method, "", size)
 
 
 def _head_is_embedding(checkpoint: Checkpoint, decoder: DecoderSpec) -> bool:

@@ -20,8 +20,8 @@ F = TypeVar("F")
 class Engine(Protocol[F]):
     """The three heavy steps of a runtime; logits are arrays ``[vocab]`` of the last position."""
 
-    def features(self, pixels: NDArray[np.float32]) -> F:
-        """Image features of tiles ``[tiles, 3, height, width]``."""
+    def features(self, inputs: PromptInputs) -> F:
+        """Image features of the prompt's images."""
         ...
 
     def prefill(self, inputs: PromptInputs, features: F, capacity: int) -> NDArray[np.float32]:
@@ -45,7 +45,7 @@ def greedy_caption(
     clock = [perf_counter()]
     inputs = preparer.prepare([image], prompt)
     clock.append(perf_counter())
-    features = engine.features(inputs.pixel_values)
+    features = engine.features(inputs)
     clock.append(perf_counter())
     length, settings = len(inputs.input_ids), preparer.generation
     room = min(max_new_tokens, settings.max_positions - length)
@@ -91,3 +91,22 @@ def image_places(preparer: Preparer, inputs: PromptInputs, rows: int) -> NDArray
             "the model and its processor settings disagree"
         )
     return places
+
+
+class Positions:
+    """Positions of a text as it grows: the prompt's own, then one further on all axes each time."""
+
+    def __init__(self, inputs: PromptInputs | None) -> None:
+        self._prompt = None if inputs is None else inputs.positions
+        self._given = 0
+
+    def take(self, length: int) -> NDArray[np.int64] | None:
+        """The next `length` positions, int64 ``[axes, length]``; None where place is position."""
+        if self._prompt is None:
+            return None
+        prompt, first = self._prompt, self._given
+        self._given += length
+        after = np.arange(first + length - max(first, prompt.shape[1]))
+        start = int(prompt.max()) + 1 + max(first - prompt.shape[1], 0)
+        later = np.broadcast_to(start + after, (len(prompt), len(after)))
+        return np.concatenate([prompt[:, first : first + length], later], axis=1)

@@ -13,21 +13,16 @@ from PIL.Image import Image
 from exporter.core.errors import InputRefused, require
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import read_header
-from exporter.families.base import Preparer, PromptInputs
+from exporter.families.base import Family, Preparer, PromptInputs
 from exporter.families.table import family_of
 from exporter.runtimes.base import Caption
-from exporter.runtimes.greedy import forced_inputs, greedy_caption, image_places
+from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
 from exporter.runtimes.quiet import quiet_transformers
 from exporter.runtimes.threads import usable_cores
 from exporter.runtimes.weights import float_tensors
 
 if TYPE_CHECKING:
     import torch
-
-ARCHITECTURES = {
-    "idefics3": "Idefics3ForConditionalGeneration",
-    "smolvlm": "SmolVLMForConditionalGeneration",
-}
 
 
 class TorchCaptioner:
@@ -52,11 +47,12 @@ class TorchCaptioner:
 
         torch.set_num_threads(threads or usable_cores())
         config = read_config(model_dir / "config.json")
-        self.preparer = family_of(config).open_preparer(model_dir)
+        self.family = family = family_of(config)
+        self.preparer = family.open_preparer(model_dir)
         self.model = load_model(model_dir, config)
         if adapters:
             _attach(self.model, adapters)
-        self.engine = TorchEngine(self.model, self.preparer)
+        self.engine = TorchEngine(self.model, self.preparer, family)
 
     def caption(self, image: Image, prompt: str, max_new_tokens: int) -> Caption:
         """Greedy caption; see `greedy_caption`."""
@@ -65,32 +61,23 @@ class TorchCaptioner:
     def score(self, image: Image, prompt: str, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits ``[len(tokens) + 1, vocab]``; see `Captioner.score`."""
         inputs = forced_inputs(self.preparer, image, prompt, tokens)
-        return self.engine.forced(inputs, self.engine.features(inputs.pixel_values), tokens)
+        return self.engine.forced(inputs, self.engine.features(inputs), tokens)
 
 
 class TorchEngine:
     """`greedy.Engine` over a loaded torch model."""
 
-    def __init__(self, model: Any, preparer: Preparer) -> None:
-        self._model, self._preparer = model, preparer
+    def __init__(self, model: Any, preparer: Preparer, family: Family) -> None:
+        self._model, self._preparer, self._family = model, preparer, family
         self._cache: Any = None
+        self._positions = Positions(None)
 
-    def features(self, pixels: NDArray[np.float32]) -> torch.Tensor:
-        """Features ``[tiles * tokens, hidden]``, one tile at a time.
-
-        Not through ``get_image_features``: that drops tiles of zeros.
-        """
+    def features(self, inputs: PromptInputs) -> torch.Tensor:
+        """Feature rows ``[rows, hidden]``, in the order of the image tokens."""
         import torch
 
-        inner = self._model.model
-        side = pixels.shape[-1] // self._model.config.vision_config.patch_size
-        mask = torch.ones((1, side, side), dtype=torch.bool)
-        rows = []
         with torch.inference_mode():
-            for tile in torch.from_numpy(pixels):
-                out = inner.vision_model(pixel_values=tile[None], patch_attention_mask=mask)
-                rows.append(inner.connector(out.last_hidden_state)[0])
-        return torch.cat(rows)
+            return self._family.torch_features(self._model, inputs)
 
     def prefill(
         self,
@@ -99,7 +86,7 @@ class TorchEngine:
         capacity: int,  # noqa: ARG002 (torch's cache grows by itself)
     ) -> NDArray[np.float32]:
         """Logits ``[vocab]`` after the prompt."""
-        self._cache = None
+        self._cache, self._positions = None, Positions(inputs)
         last: NDArray[np.float32] = self._append(self._merged(inputs, features), 1)[-1]
         return last
 
@@ -114,7 +101,7 @@ class TorchEngine:
         """Logits ``[len(tokens) + 1, vocab]`` from one pass over prompt and `tokens`."""
         import torch
 
-        self._cache = None
+        self._cache, self._positions = None, Positions(inputs)
         embeds = torch.cat([self._merged(inputs, features), self._embedded(tokens)])
         return self._append(embeds, len(tokens) + 1)
 
@@ -140,14 +127,21 @@ class TorchEngine:
         """Logits ``[keep, vocab]`` after appending ``[length, hidden]`` embeddings to the cache."""
         import torch
 
+        places = self._places(len(embeds))
         with torch.inference_mode():
-            out = self._model.model.text_model(
-                inputs_embeds=embeds[None], past_key_values=self._cache, use_cache=True
+            hidden, self._cache = self._family.torch_append(
+                self._model, embeds, self._cache, places
             )
-            logits = self._model.lm_head(out.last_hidden_state[0, -keep:])
-        self._cache = out.past_key_values
+            logits = self._model.lm_head(hidden[-keep:])
         rows: NDArray[np.float32] = logits.numpy()
         return rows
+
+    def _places(self, length: int) -> torch.Tensor | None:
+        """Positions of the next `length` inputs where the prompt gave its own."""
+        import torch
+
+        found = self._positions.take(length)
+        return None if found is None else torch.from_numpy(found)
 
 
 def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
@@ -159,7 +153,7 @@ def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
     import torch
     import transformers
 
-    expected = ARCHITECTURES[config["model_type"]]
+    expected = family_of(config).TORCH_CLASSES[config["model_type"]]
     declared = config.get("architectures") or [expected]
     if declared != [expected]:
         raise InputRefused(

@@ -17,7 +17,7 @@ from exporter.compare.jobs import Job, JobCase, JobResult
 from exporter.compare.worker import Probed, answer
 from exporter.core.artifact import write_atomic
 from exporter.core.digest import sha256_file
-from exporter.families.base import Preparer
+from exporter.families.base import Preparer, PromptInputs
 from exporter.runtimes.base import Caption
 from exporter.runtimes.ort import OrtCaptioner
 
@@ -118,8 +118,8 @@ class Unseen:
         self._off = False
         inner.engine.features = self._seen  # type: ignore[method-assign]
 
-    def _seen(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        found = self._features(pixels)
+    def _seen(self, inputs: PromptInputs) -> NDArray[np.float32]:
+        found = self._features(inputs)
         return np.zeros_like(found) if self._off else found
 
     def caption(self, image: Image, prompt: str, max_new_tokens: int) -> Caption:

@@ -24,7 +24,7 @@ def test_embeds_are_those_of_the_torch_model(
     torch_model = TorchCaptioner(merged, threads=1)
     for case, found in zip(cases, prompts, strict=True):
         inputs = torch_model.preparer.prepare([open_image(case.image)], PROMPT)
-        features = torch_model.engine.features(inputs.pixel_values)
+        features = torch_model.engine.features(inputs)
         start = len(inputs.input_ids)
         np.testing.assert_array_equal(found.tokens[:start], inputs.input_ids)
         places = found.tokens == torch_model.preparer.image_token_id

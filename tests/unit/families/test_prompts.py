@@ -103,7 +103,7 @@ def test_tokens_and_pixels_equal_transformers(
             )
         assert np.array_equal(ours.pixel_values, out["pixel_values"][0])
     else:
-        assert ours.pixel_values.shape == (0, 3, 32, 32)
+        assert ours.vision == ()
     assert ours.input_ids.tolist() == tokenizer(text.replace("\0", "<image>"))["input_ids"]
 
 
