@@ -7,12 +7,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporter.catalog.profiles import model_profiles
-from exporter.catalog.schema import Facts, ModelProfile, Scalar
+from exporter.catalog.schema import Facts, ModelProfile, Value
 from exporter.core.errors import InputRefused
 
 # What the config classes of transformers put where config.json has no key (published files leave
 # out keys that equal the default). None: computed from other keys in `_computed`.
-DEFAULTS: dict[str, dict[str, Scalar]] = {
+DEFAULTS: dict[str, dict[str, Value]] = {
+    "idefics": {
+        "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "additional_vocab_size": 0,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "cross_layer_interval": 1,
+        "qk_layer_norms": False,
+        "use_resampler": False,
+        "alpha_type": "float",
+        "vision_config.embed_dim": 768,
+        "vision_config.image_size": 224,
+        "vision_config.intermediate_size": 5120,
+        "vision_config.patch_size": 14,
+        "vision_config.num_attention_heads": 16,
+        "vision_config.num_hidden_layers": 32,
+        "perceiver_config.qk_layer_norms_perceiver": False,
+        "perceiver_config.resampler_depth": 6,
+        "perceiver_config.resampler_head_dim": 96,
+        "perceiver_config.resampler_n_heads": 16,
+        "perceiver_config.resampler_n_latents": 64,
+    },
     "idefics3": {
         "image_token_id": 128257,
         "scale_factor": 2,
@@ -34,8 +61,132 @@ DEFAULTS: dict[str, dict[str, Scalar]] = {
         "vision_config.image_size": 224,
         "vision_config.patch_size": 32,
         "vision_config.layer_norm_eps": 1e-6,
-    }
+    },
+    "llava": {
+        "image_token_index": 32000,
+        "use_image_newline_parameter": True,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config.model_type": "llama",
+        "text_config.hidden_size": 4096,
+        "text_config.intermediate_size": 11008,
+        "text_config.num_hidden_layers": 32,
+        "text_config.num_attention_heads": 32,
+        "text_config.num_key_value_heads": None,
+        "text_config.head_dim": None,
+        "text_config.vocab_size": 32000,
+        "text_config.max_position_embeddings": 2048,
+        "text_config.rms_norm_eps": 1e-6,
+        "text_config.rope_theta": 10000.0,
+        "vision_config.hidden_size": 768,
+        "vision_config.intermediate_size": 3072,
+        "vision_config.num_hidden_layers": 12,
+        "vision_config.num_attention_heads": 12,
+        "vision_config.image_size": 224,
+        "vision_config.patch_size": 32,
+        "vision_config.layer_norm_eps": 1e-5,
+        # LLaVA-Med's own keys beside each other, read with MistralConfig's defaults.
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "mm_hidden_size": 1024,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+    },
+    "moondream": {
+        # Of the published code: the published config.json holds none of these.
+        "prefix_attention": 730,
+        "text_config.model_type": "phi",
+        "text_config.hidden_size": 2048,
+        "text_config.intermediate_size": 8192,
+        "text_config.num_hidden_layers": 24,
+        "text_config.num_attention_heads": 32,
+        "text_config.hidden_act": "gelu_new",
+        "text_config.vocab_size": 51200,
+        "text_config.max_position_embeddings": 2048,
+        "text_config.layer_norm_eps": 1e-5,
+        "text_config.rope_theta": 10000.0,
+        "text_config.partial_rotary_factor": 0.5,
+        "text_config.tie_word_embeddings": False,
+        "vision_config.hidden_size": 1152,
+        "vision_config.intermediate_size": 4304,
+        "vision_config.num_hidden_layers": 27,
+        "vision_config.num_attention_heads": 16,
+        "vision_config.patch_size": 14,
+        "vision_config.image_size": 378,
+        "vision_config.layer_norm_eps": 1e-5,
+        "vision_config.projection_inner_size": 8192,
+        "vision_config.max_crops": 12,
+        "vision_config.overlap_margin": 4,
+    },
+    "qwen_vl": {
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": False,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "rope_scaling.mrope_section": (16, 24, 24),
+        "vision_config.depth": 32,
+        "vision_config.num_heads": 16,
+        "vision_config.embed_dim": 1280,
+        "vision_config.hidden_size": 3584,
+        "vision_config.mlp_ratio": 4,
+        "vision_config.intermediate_size": 3420,
+        "vision_config.out_hidden_size": 3584,
+        "vision_config.in_chans": 3,
+        "vision_config.patch_size": 14,
+        "vision_config.spatial_merge_size": 2,
+        "vision_config.temporal_patch_size": 2,
+        "vision_config.tokens_per_second": 4,
+        "vision_config.window_size": 112,
+        "vision_config.fullatt_block_indexes": (7, 15, 23, 31),
+    },
+    "vision_encoder_decoder": {
+        "decoder_start_token_id": None,
+        "decoder.model_type": None,
+        "decoder.n_positions": 1024,
+        "decoder.n_embd": 768,
+        "decoder.n_head": 12,
+        "decoder.n_layer": 12,
+        "decoder.vocab_size": 50257,
+        "decoder.layer_norm_epsilon": 1e-5,
+        "decoder.activation_function": "gelu_new",
+        "decoder.add_cross_attention": False,
+        "decoder.tie_word_embeddings": True,
+        "encoder.model_type": None,
+        "encoder.hidden_size": 768,
+        "encoder.intermediate_size": 3072,
+        "encoder.num_hidden_layers": 12,
+        "encoder.num_attention_heads": 12,
+        "encoder.image_size": 224,
+        "encoder.patch_size": 16,
+        "encoder.num_channels": 3,
+        "encoder.qkv_bias": True,
+        "encoder.layer_norm_eps": 1e-12,
+    },
 }
+# Families whose published config.json has the decoder's settings beside vision_config.
+FLAT = frozenset({"qwen_vl"})
 
 
 def check_config(profile: ModelProfile, config: Mapping[str, Any]) -> None:
@@ -60,7 +211,7 @@ def check_config(profile: ModelProfile, config: Mapping[str, Any]) -> None:
 def differences(profile: ModelProfile, config: Mapping[str, Any]) -> list[str]:
     """One phrase for each fact that `config` contradicts: ``hidden_size is 576, expected 960``."""
     facts = profile.facts
-    expected: dict[str, Scalar] = {"model_type": facts.model_type}
+    expected: dict[str, Value] = {"model_type": facts.model_type}
     if config.get("architectures"):
         expected["architectures"] = facts.architecture
     expected |= _compared(facts)
@@ -76,6 +227,8 @@ def config_value(config: Mapping[str, Any], key: str, family: str) -> Any:
     """The value at a dotted `key`, or what the family's config class puts there when absent."""
     if key == "architectures":
         return config["architectures"][0]
+    if family in FLAT:
+        config = _flat(config)
     section, _, leaf = key.rpartition(".")
     place = config.get(section, {}) if section else config
     if not isinstance(place, Mapping):
@@ -87,6 +240,16 @@ def config_value(config: Mapping[str, Any], key: str, family: str) -> Any:
         return place["rope_parameters"].get("rope_theta")
     default = DEFAULTS.get(family, {}).get(key)
     return _computed(config, key, family) if default is None else default
+
+
+def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The published, flat form of a config.json that transformers 5 wrote with a text_config."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    own = {k: v for k, v in config.items() if v is not None and k != "text_config"}
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return {**text, "rope_scaling": rope, "rope_parameters": rope, **own}
 
 
 def _computed(config: Mapping[str, Any], key: str, family: str) -> Any:
@@ -101,12 +264,15 @@ def _computed(config: Mapping[str, Any], key: str, family: str) -> Any:
     return None
 
 
-def _compared(facts: Facts) -> dict[str, Scalar]:
+def _compared(facts: Facts) -> dict[str, Value]:
     return {key: value for key, value in facts.config.items() if value is not None}
 
 
-def _same(found: Any, expected: Scalar) -> bool:
+def _same(found: Any, expected: Value) -> bool:
     numbers = (int, float)
+    if isinstance(expected, tuple):
+        whole = isinstance(found, list | tuple) and len(found) == len(expected)
+        return whole and all(map(_same, found, expected))
     if type(found) in numbers and type(expected) in numbers:
         return math.isclose(found, float(expected), rel_tol=1e-9)  # type: ignore[arg-type]
     return type(found) is type(expected) and bool(found == expected)

@@ -21,7 +21,10 @@ def read_profile(path: Path, kind: type[P]) -> P:
     import yaml
 
     try:
-        profile = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), kind)
+        # libyaml's safe loader where there is one: fifty profiles in 0.1 s instead of 1 s.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 (both safe)
+        profile = msgspec.convert(content, kind)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise InputRefused(f"{path}: not YAML ({line}); correct the file") from error
@@ -53,6 +56,8 @@ def find_model(name: str) -> ModelProfile:
     """
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return read_profile(Path(name), ModelProfile)
+    if (own := _by_name("models", name, ModelProfile)) is not None:
+        return own
     profiles = model_profiles()
     names = {n: p for p in profiles.values() for n in (p.name, *p.aliases)}
     return _find(name, names, "model profile", "medexport models")
@@ -60,6 +65,8 @@ def find_model(name: str) -> ModelProfile:
 
 def find_target(name: str) -> TargetProfile:
     """The target called `name`. Raises `WrongUsage` with the nearest names when there is none."""
+    if (own := _by_name("targets", name, TargetProfile)) is not None:
+        return own
     return _find(name, target_profiles(), "target", "medexport targets")
 
 
@@ -72,6 +79,12 @@ def _find(name: str, known: dict[str, P], what: str, listing: str) -> P:
     near = list(dict.fromkeys([*begun, *close]))[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}."
     raise WrongUsage(f"no {what} '{name}'; {hint} `{listing}` lists all")
+
+
+def _by_name(folder: str, name: str, kind: type[P]) -> P | None:
+    """The one file of that name, read without the others."""
+    path = data_root("profiles") / folder / f"{name}.yaml"
+    return read_profile(path, kind) if Path(name).name == name and path.is_file() else None
 
 
 def _read_all(folder: str, kind: type[P]) -> dict[str, P]:

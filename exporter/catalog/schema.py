@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Scalar = int | float | bool | str | None
+Value = Scalar | tuple[int | float | tuple[int, ...], ...]
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,9 +51,9 @@ class Facts(Struct, frozen=True):
     parameters: int | None = None
     tensors: int | None = None
     stored_dtype: str | None = None
-    config: dict[str, Scalar] = {}
-    inferred: dict[str, Scalar] = {}
-    preprocessor: dict[str, Scalar] = {}
+    config: dict[str, Value] = {}
+    inferred: dict[str, Value] = {}
+    preprocessor: dict[str, Value] = {}
     generation: dict[str, Scalar] = {}
     tensor_shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, int] = {}
@@ -99,7 +100,11 @@ class Builtin(Struct, frozen=True):
 
 
 class ModelProfile(Struct, frozen=True):
-    """One model of a known family."""
+    """One model.
+
+    `status` "plan-only": its facts are known, but no family code builds it yet. `max_pixels`: images
+    are shrunk to that many before the vision part (None: the image processor's own limit).
+    """
 
     name: str
     title: str
@@ -109,7 +114,9 @@ class ModelProfile(Struct, frozen=True):
     facts: Facts
     hub: Hub | None = None
     builtin: Builtin | None = None
+    status: Literal["ready", "plan-only"] = "ready"
     aliases: tuple[str, ...] = ()
+    max_pixels: Annotated[int, msgspec.Meta(gt=0)] | None = None
     adapter: AdapterRecipe | None = None
     schemes: dict[str, str] = {}
     evaluation: str = "phantoms-eval"
@@ -118,11 +125,75 @@ class ModelProfile(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "fp4"]
+Confidence = Literal["read", "computed", "measured", "assumed", "not re-read"]
+
+
+class Quantity(Struct, frozen=True):
+    """A number with where it comes from.
+
+    "computed": from numbers that were read in `source`; "assumed": a round figure chosen here, and
+    `source` says why; "not re-read": known from the vendor's data sheet, which was not at hand.
+    """
+
+    value: Positive
+    source: str
+    confidence: Confidence = "read"
+
+
+class Label(Struct, frozen=True):
+    """A text with where it comes from."""
+
+    value: str
+    source: str
+    confidence: Confidence = "read"
+
+
+class Memory(Struct, frozen=True):
+    """Memory that a model can use, in GB (10^9 bytes).
+
+    Where CPU and GPU share it (`unified`), the system and a desktop take their part first.
+    """
+
+    total_gb: Quantity
+    system_gb: Quantity | None = None
+    display_gb: Quantity | None = None
+    unified: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left for a model, with a desktop running."""
+        taken = sum(q.value for q in (self.system_gb, self.display_gb) if q)
+        return int((self.total_gb.value - taken) * 1e9)
+
+
+class TensorRT(Struct, frozen=True):
+    """Major versions of TensorRT that build engines for this GPU."""
+
+    versions: tuple[str, ...]
+    source: str
+    confidence: Confidence = "read"
+
+
 class TargetProfile(Struct, frozen=True):
-    """One kind of machine that a bundle is made for."""
+    """One kind of machine that a bundle is made for.
+
+    `rates`: 10^12 operations a second by precision, dense (a multiply-add is two; figures for
+    structured sparsity are halved). `devices`: names by which the driver calls this GPU.
+    `memory` is None where the class says nothing about it (CPUs); `cores`: with how many cores the
+    rates of a CPU are meant.
+    """
 
     name: str
     title: str
     provider: str
     accuracy_level: int
+    memory: Memory | None = None
+    bandwidth_gbs: Quantity | None = None
+    compute_capability: Label | None = None
+    cores: int | None = None
+    rates: dict[Precision, Quantity] = {}
+    precisions: tuple[Precision, ...] = ()
+    tensorrt: TensorRT | None = None
+    devices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

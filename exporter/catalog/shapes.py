@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from exporter.catalog.schema import ModelProfile, Scalar
+from exporter.catalog.schema import ModelProfile, Value
 
 
-def known_config(profile: ModelProfile) -> dict[str, Scalar]:
+def known_config(profile: ModelProfile) -> dict[str, Value]:
     """Facts of config.json by dotted key: what was read, and the inferred where nothing was."""
     read = {key: value for key, value in profile.facts.config.items() if value is not None}
     return {**profile.facts.inferred, **read}

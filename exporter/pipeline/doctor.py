@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from exporter.pipeline.machine import find_gpu, usable_memory
 from exporter.pipeline.targets import cpu_flags, this_machine
 from exporter.pipeline.tools import tool_versions
 from exporter.runtimes.threads import usable_cores
@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "gpu": (("onnxruntime",), "onnxruntime with CUDA (replaces the CPU package)"),
     "tensorrt": (("tensorrt", "polygraphy"), "TensorRT engines; not run on hardware so far"),
     "dicom": (("pydicom",), "DICOM images"),
+    "metrics": (("medcat",), "UMLS concepts from a MedCAT pack; the other metrics need build alone"),
 }
 INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
@@ -36,10 +37,10 @@ def examine() -> dict[str, Any]:
         "target": this_machine(),
         "processor features": " ".join(flags) or "none listed",
         "usable cores": usable_cores(),
-        "memory": f"{_memory() / 1e9:.1f} GB",
+        "memory": f"{usable_memory() / 1e9:.1f} GB",
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
         "onnxruntime providers": ", ".join(providers),
-        "GPU": "CUDA provider present" if "CUDAExecutionProvider" in providers else "none usable",
+        "GPU": _gpu(providers),
     }
     return {
         "machine": machine,
@@ -56,5 +57,8 @@ def _extra(name: str, modules: tuple[str, ...], adds: str, providers: list[str])
     return {"extra": name, "missing": missing, "adds": adds}
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _gpu(providers: list[str]) -> str:
+    gpu = find_gpu()
+    name = f"{gpu.name}, {gpu.memory / 1e9:.1f} GB" if gpu else "none by the driver"
+    usable = "CUDA provider present" if "CUDAExecutionProvider" in providers else "none usable"
+    return f"{name}; {usable}"

@@ -8,16 +8,30 @@ from pathlib import Path
 from exporter.catalog.profiles import find_target
 from exporter.catalog.schema import TargetProfile
 from exporter.core.errors import EnvironmentLacks
+from exporter.pipeline.machine import find_gpu, gpu_target, jetson_target, with_own_figures
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_target(name: str) -> TargetProfile:
-    """The target called `name`; ``auto`` reads this machine's processor.
+    """The target called `name`; ``auto`` is this machine's processor, with its cores and memory.
 
-    Raises `WrongUsage` for an unknown name, `EnvironmentLacks` when ``auto`` finds none.
+    Builds run and compare on the processor; `machine_targets` lists the GPU as well. Raises
+    `WrongUsage` for an unknown name, `EnvironmentLacks` when ``auto`` finds none.
     """
-    return find_target(this_machine() if name == "auto" else name)
+    if name != "auto":
+        return find_target(name)
+    return with_own_figures(find_target(this_machine()))
+
+
+def machine_targets() -> tuple[TargetProfile, ...]:
+    """What this machine can run a bundle on: its GPU when a profile knows it, and its processor.
+
+    Raises `EnvironmentLacks` when no profile describes the processor.
+    """
+    board, gpu = jetson_target(), find_gpu()
+    found = board or (gpu_target(gpu) if gpu else None)
+    return (*((found,) if found else ()), choose_target("auto"))
 
 
 def this_machine() -> str:

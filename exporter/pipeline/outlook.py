@@ -1,0 +1,211 @@
+"""What `medexport plan` says before any file is opened: fit and speed of every scheme on a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.catalog.model_shape import SHAPES, shape_of, shape_of_config
+from exporter.catalog.profiles import find_model
+from exporter.catalog.schema import ModelProfile, TargetProfile
+from exporter.catalog.shape_parts import ModelShape
+from exporter.core.errors import InputRefused
+from exporter.core.modelfiles import read_config
+from exporter.families.published import modern_config
+from exporter.pipeline.fit import Fit, Recommendation, clock, predict, recommend, refuse_unfit
+from exporter.pipeline.fit_speed import LIKELY, Speed
+from exporter.pipeline.resolve import Resolved, folder_profile, is_model_folder, scheme_named
+from exporter.pipeline.targets import choose_target, machine_targets
+from exporter.quantizers.schemes import Scheme, find_scheme
+
+# Finest first. `int4` is what the profile makes of it.
+CANDIDATES = ("fp16", "int8", "int4", "int4-rtn-small")
+HEADER = (
+    *("scheme", "weights", "peak memory", "verdict"),
+    *("vision", "first token", "tokens/s", "at most", "caption"),
+)
+
+
+@dataclass(frozen=True)
+class TargetOutlook:
+    """All schemes on one target, finest first, and the one to take."""
+
+    target: TargetProfile
+    fits: tuple[Fit, ...]
+    recommended: Recommendation
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row a scheme, in the order of `HEADER`."""
+        return [_row(fit) for fit in self.fits]
+
+    def to_lines(self) -> list[str]:
+        """What stands below the table."""
+        usable = self.fits[0].usable
+        memory = f"{usable / 1e9:.1f} GB for a model" if usable else "memory not known"
+        shared = self.target.memory and self.target.memory.unified
+        lines = [
+            f"{self.target.title}: {memory}"
+            + (", after the system and a desktop took theirs" if shared else "")
+        ]
+        chosen = self.recommended
+        lines.append(f"recommended: {chosen.scheme or 'nothing'} ({chosen.why})")
+        display = self.target.memory.display_gb if self.target.memory else None
+        if chosen.scheme is None and usable and display:
+            more = usable + int(display.value * 1e9)
+            fitting = [f.scheme for f in self.fits if f.needed <= more]
+            if fitting:
+                lines.append(
+                    f"without a desktop {more / 1e9:.1f} GB are free: {fitting[0]} would fit"
+                )
+        return lines
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The model's shape and what follows from it on each target; `asked`: the scheme given."""
+
+    profile: ModelProfile
+    shape: ModelShape
+    asked: str | None
+    targets: tuple[TargetOutlook, ...]
+
+    def headline(self) -> str:
+        """Model, size, and what is not there yet."""
+        facts = self.profile.facts.confidence
+        lacks = "; plan only: no family code yet" if self.profile.status != "ready" else ""
+        basis = f" (facts: {facts})" if facts else ""
+        return f"{self.profile.title}: {self.shape.parameters / 1e9:.3g} billion parameters{basis}{lacks}"
+
+    def assumptions(self) -> str:
+        """What the figures hold for."""
+        load, d = self.targets[0].fits[0].load, self.shape.decoder
+        share = f"likely: {LIKELY.bandwidth:.0%} of the bandwidth and {LIKELY.arithmetic:.0%} of the rate"
+        if d is None:
+            return f"One image and one text at the model's limits. {share}."
+        tower = self.shape.tower
+        image = f"one image at the image limit ({tower.tiles} tile(s))" if tower else "no image"
+        return (
+            f"{image}, a prompt of {load.prompt} positions, a context of {load.context}, batch "
+            f"{load.batch}, {self.profile.max_new_tokens} new tokens. {share}; at most: all of both."
+        )
+
+    def items(self) -> list[tuple[str, str, str]]:
+        """The memory sum of the asked scheme on the first target."""
+        fit = self._asked_fit()
+        return [(i.name, _mb(i.bytes), i.how) for i in fit.memory] if fit else []
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.profile.name,
+            "status": self.profile.status,
+            "parameters": self.shape.parameters,
+            "facts": self.profile.facts.confidence,
+            "assumptions": self.assumptions(),
+            "targets": [
+                {
+                    "target": t.target.name,
+                    "schemes": [fit.to_json() for fit in t.fits],
+                    "recommended": {"scheme": t.recommended.scheme, "why": t.recommended.why},
+                }
+                for t in self.targets
+            ],
+        }
+
+    def _asked_fit(self) -> Fit | None:
+        fits = self.targets[0].fits
+        return next((f for f in fits if f.scheme == self.asked), None)
+
+
+def make_outlook(
+    model: str,
+    weights: Path | None,
+    scheme: str | None,
+    target: str,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+) -> Outlook:
+    """Predict every scheme for `target` (``auto``: this machine's GPU and processor).
+
+    Opens a profile, or config.json and preprocessor_config.json of a folder; nothing is downloaded.
+    Raises `WrongUsage` on unknown names, `InputRefused` when a size is not known.
+    """
+    folder = Path(model) if is_model_folder(model) else weights
+    profile = folder_profile(Path(model)) if is_model_folder(model) else find_model(model)
+    shape = shape_of(profile) if folder is None else _folder_shape(profile, folder)
+    asked = find_scheme(scheme_named(profile, scheme)) if scheme else None
+    machines = machine_targets() if target == "auto" else (choose_target(target),)
+    outlooks = tuple(
+        target_outlook(profile, shape, machine, asked, context=context, batch=batch)
+        for machine in machines
+    )
+    return Outlook(profile, shape, asked.name if asked else None, outlooks)
+
+
+def target_outlook(
+    profile: ModelProfile,
+    shape: ModelShape,
+    target: TargetProfile,
+    asked: Scheme | None = None,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+) -> TargetOutlook:
+    """All candidate schemes, and the asked one, on one target."""
+    schemes = {s.name: s for s in (find_scheme(scheme_named(profile, n)) for n in CANDIDATES)}
+    candidates = list(schemes)
+    if asked:
+        schemes.setdefault(asked.name, asked)
+    fits = [
+        predict(profile, shape, s, target, context=context, batch=batch) for s in schemes.values()
+    ]
+    fits.sort(key=lambda f: -f.weight_bytes)
+    chosen = recommend([f for f in fits if f.scheme in candidates])
+    return TargetOutlook(target, tuple(fits), chosen)
+
+
+def check_fit(found: Resolved, scheme: Scheme, target: TargetProfile, *, here: bool) -> str:
+    """Refuse a build whose bundle cannot run on its target; otherwise a phrase on how much it needs.
+
+    Raises `InputRefused`, or `EnvironmentLacks` when the target is this machine (`here`).
+    """
+    if found.profile.facts.model_type not in SHAPES:
+        return f"fit not predicted: no shape for model_type '{found.profile.facts.model_type}'"
+    try:
+        shape = _folder_shape(found.profile, found.base.path)
+    except InputRefused as error:  # a size that only the prediction asks for stops no build
+        return f"fit not predicted: {error}"
+    result = target_outlook(found.profile, shape, target, scheme)
+    fit = next(f for f in result.fits if f.scheme == scheme.name)
+    refuse_unfit(fit, result.fits, here=here)
+    return f"needs about {fit.needed / 1e9:.2f} GB on {target.name}"
+
+
+def _folder_shape(profile: ModelProfile, folder: Path) -> ModelShape:
+    image = folder / "preprocessor_config.json"
+    preprocessor = read_config(image) if image.is_file() else {}
+    config = modern_config(read_config(folder / "config.json"))
+    return shape_of_config(profile.title, profile.family, config, preprocessor, profile.max_pixels)
+
+
+def _row(fit: Fit) -> tuple[str, ...]:
+    weights, peak = f"{fit.weight_bytes / 1e9:.2f} GB", f"{fit.needed / 1e9:.2f} GB"
+    head = (fit.scheme, weights, peak, fit.verdict)
+    if fit.likely is None or fit.limit is None or fit.caption_s is None:
+        return (*head, *["-"] * 5)
+    likely: Speed = fit.likely
+    vision, first, caption = (
+        clock(s) for s in (likely.vision_s, likely.first_token_s, fit.caption_s)
+    )
+    if not likely.tokens_per_s:
+        return (*head, vision, "-", "-", "-", "-")
+    return (
+        *(*head, vision, first),
+        *(f"{likely.tokens_per_s:.1f}", f"{fit.limit.tokens_per_s:.1f}", caption),
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"

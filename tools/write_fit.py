@@ -1,0 +1,195 @@
+"""Writes docs/fit.md: every model on every target, by scheme, and predictions beside measurements.
+
+    python tools/write_fit.py [--check]
+
+Run it after a change to profiles/, to a scheme or to the prediction; a test compares the file with
+what this script would write. Measured figures come from docs/fit.json, which benchmarks/fit.py
+writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from exporter.catalog.model_shape import shape_of
+from exporter.catalog.profiles import find_model, find_target, model_profiles, target_profiles
+from exporter.catalog.schema import TargetProfile
+from exporter.catalog.shape_parts import ModelShape
+from exporter.core.errors import InputRefused
+from exporter.pipeline.fit import INSTRUCTION, MARGIN, Fit, predict
+from exporter.pipeline.fit_memory import ARENA, CPU_RUNTIME, GPU_RUNTIME
+from exporter.pipeline.fit_speed import CPU, LIKELY
+from exporter.pipeline.resolve import scheme_named
+from exporter.quantizers.schemes import find_scheme
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, MEASURED = ROOT / "docs/fit.md", ROOT / "docs/fit.json"
+SCHEMES = ("fp16", "int8", "int4")
+MOST = 999.5
+
+INTRODUCTION = """\
+# Fit: which model on which machine
+
+Written by `tools/write_fit.py`; do not edit. `medexport plan --model NAME --target NAME` prints the
+same for one pair, with the sum behind it; `medexport targets --json` has the source of each figure
+of a machine, and how sure it is.
+
+Predictions use published sizes only: no weights are needed, so models that cannot be built yet
+(`medexport models` says which) are here too. Each cell is for one image at the model's image limit, an instruction of
+{instruction} tokens and the profile's `max_new_tokens`, batch 1.
+
+- `+7.4 172`: fits, 7.4 GB are left, and at most 172 tokens a second can be written (the roofline:
+  bytes of weights and cache that a token reads, over the memory's bandwidth; `>999`: small models
+  are bound by launches and the host instead).
+- `~0.3 172`: fits by less than {margin:.0%} of the memory, which is the prediction's own error.
+- `-0.6`: 0.6 GB are missing. `medexport build --target` refuses this before it starts.
+- `5.8 16` on a processor, whose memory no profile knows: needs 5.8 GB.
+- One number only: the model writes no text.
+
+What is summed: weights as the runtime holds them (float weights become float32 on a CPU), the
+key-value cache (float32 on a CPU, float16 on a GPU), the activations of the vision part (one tile at
+a time; times {arena} on a CPU, whose arena grows by doubling) and of the prefill (attention scores
+in full where the kernel keeps them), the pixels, the tokenizer where it shares the memory, and
+{cpu:.0f} MB (CPU, measured) or {gpu:.0f} MB (GPU, assumed) of runtime. On a Jetson, CPU and GPU share
+the memory: the system's and a desktop's part is taken off first. Dense rates are used throughout;
+marketing figures for structured sparsity are halved. `medexport plan` also prints a likely speed:
+{bandwidth:.0%} of the bandwidth and {arithmetic:.0%} of the rate, unless the figure was measured.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail when the page is not current")
+    options = parser.parse_args()
+    text = render()
+    if options.check:
+        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def render() -> str:
+    """The whole page."""
+    introduction = INTRODUCTION.format(
+        instruction=INSTRUCTION,
+        margin=MARGIN,
+        arena=ARENA,
+        cpu=CPU_RUNTIME / 1e6,
+        gpu=GPU_RUNTIME / 1e6,
+        bandwidth=LIKELY.bandwidth,
+        arithmetic=LIKELY.arithmetic,
+    )
+    shapes, unknown = _shapes()
+    parts = [introduction]
+    parts.extend(f"## {s}\n\n" + "\n".join(_table(shapes, s)) + "\n" for s in SCHEMES)
+    parts.append("## Not predicted\n\n" + "\n".join(f"- {line}" for line in unknown) + "\n")
+    parts.append("## Targets\n\n" + "\n".join(_targets()) + "\n")
+    parts.append("\n".join(_measured()) + "\n")
+    return "\n".join(parts)
+
+
+def _shapes() -> tuple[dict[str, ModelShape], list[str]]:
+    """Shapes by profile name, and a line for each profile that has none."""
+    found, unknown = {}, []
+    for name, profile in sorted(model_profiles().items()):
+        try:
+            found[name] = shape_of(profile)
+        except InputRefused:  # the reason in full is what `medexport plan` prints
+            unknown.append(f"{name}: the sizes of {profile.title} are not published")
+    return found, unknown
+
+
+def _table(shapes: dict[str, ModelShape], scheme: str) -> Iterator[str]:
+    targets = _ordered()
+    yield "| model | " + " | ".join(t.name for t in targets) + " |"
+    yield "|---|" + "---|" * len(targets)
+    for name, shape in shapes.items():
+        profile = find_model(name)
+        chosen = find_scheme(scheme_named(profile, scheme))
+        cells = [_cell(predict(profile, shape, chosen, t)) for t in targets]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _ordered() -> list[TargetProfile]:
+    """Processors first, then by memory."""
+    return sorted(
+        target_profiles().values(),
+        key=lambda t: (t.provider != CPU, t.memory.usable_bytes if t.memory else 0, t.name),
+    )
+
+
+def _cell(fit: Fit) -> str:
+    rate = fit.limit.tokens_per_s if fit.limit else 0.0
+    # Above, launches and the host decide: a bound by bandwidth says nothing.
+    speed = f" {rate:.0f}" if 0 < rate < MOST else " >999" if rate else ""
+    if fit.usable is None:
+        return f"{fit.needed / 1e9:.1f}{speed}"
+    left = (fit.usable - fit.needed) / 1e9
+    if left < 0:
+        return f"-{-left:.1f}"
+    return f"{'~' if fit.verdict == 'tight' else '+'}{left:.1f}{speed}"
+
+
+def _targets() -> Iterator[str]:
+    yield "| target | machine | GB for a model | GB/s | dense FP16 or FP32, 10^12/s | not re-read |"
+    yield "|---|---|---|---|---|---|"
+    for t in _ordered():
+        memory = f"{t.memory.usable_bytes / 1e9:.1f}" if t.memory else "-"
+        bandwidth = f"{t.bandwidth_gbs.value:g}" if t.bandwidth_gbs else "-"
+        rate = t.rates.get("fp16") or t.rates.get("fp32")
+        unread = [
+            name
+            for name, fact in (
+                ("memory", t.memory.total_gb if t.memory else None),
+                ("bandwidth", t.bandwidth_gbs),
+                *t.rates.items(),
+            )
+            if fact and fact.confidence == "not re-read"
+        ]
+        figure = f"{rate.value:g}" if rate else "-"
+        yield (
+            f"| {t.name} | {t.title} | {memory} | {bandwidth} | {figure} | "
+            f"{', '.join(unread) or '-'} |"
+        )
+
+
+def _measured() -> Iterator[str]:
+    yield "## Predicted and measured"
+    yield ""
+    if not MEASURED.is_file():
+        yield "Not measured yet: run `python benchmarks/fit.py --out docs/fit.json`."
+        return
+    found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
+    yield (
+        "Peak resident memory (VmHWM) of a process that captions one image at the image limit with "
+        f"onnxruntime on the CPU ({found['machine']}, {found['threads']} thread(s)), against the "
+        "prediction of this page. Random weights of the published shape; the demo "
+        "model has its own. The arena's factor and the runtime's part were taken from the first runs "
+        "of the demo and of SmolVLM-256M; SmolVLM-500M was not used for either. `benchmarks/fit.py` "
+        "repeats it."
+    )
+    yield ""
+    yield "| model | scheme | predicted MB | measured MB | error |"
+    yield "|---|---|---|---|---|"
+    for row in found["rows"]:
+        profile, scheme = find_model(row["model"]), find_scheme(row["scheme"])
+        guess = predict(profile, shape_of(profile), scheme, find_target("cpu-avx2")).needed
+        peak = row["peak_rss"]
+        yield (
+            f"| {row['model']} | {row['scheme']} | {guess / 1e6:.0f} | {peak / 1e6:.0f} | "
+            f"{(guess - peak) / peak:+.1%} |"
+        )
+    yield ""
+    yield (
+        "No GPU figure here is measured. Where one was taken it is in docs/gpu.md, beside the bound "
+        "of this page."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
