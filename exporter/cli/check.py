@@ -1,4 +1,4 @@
-"""Regression checks: a new bundle against a released one, and predictions alone."""
+"""Regression checks: a new bundle against a released one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli.console import Console, print_json
+from exporter.cli.score import score
 
 if TYPE_CHECKING:
     from exporter.bundle.manifest import Manifest
@@ -118,7 +119,7 @@ def _question(manifest: Manifest, against: Path, asked: _Asked) -> Question:
     """The cases and the prompt: a report's own prompt, else the new bundle's."""
     from exporter.compare.check import Question
     from exporter.compare.compare import read_comparison
-    from exporter.pipeline.stages import open_evaluation
+    from exporter.pipeline.evaluation import open_evaluation
     from exporter.runtimes.threads import usable_cores
 
     prompt, length = manifest.usage.prompt, manifest.usage.max_new_tokens
@@ -137,33 +138,6 @@ def _margins(manifest: Manifest) -> Gate:
 
     profile = model_profiles().get(manifest.lineage.base.name)
     return profile.gate if profile else Gate()
-
-
-@click.command()
-@click.argument("predictions", type=PATH)
-@click.option("--eval", "evaluation", metavar="SET", help="Where ground truth is, by id.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def score(predictions: Path, evaluation: str | None, as_json: bool) -> None:
-    """Score PREDICTIONS (JSON lines with id, caption and, without --eval, truth) alone."""
-    import msgspec
-
-    from exporter.compare.score import read_predictions, score_predictions
-    from exporter.compare.wording import DASH, interval, percent
-    from exporter.pipeline.stages import open_evaluation
-
-    found = read_predictions(predictions)
-    cases = open_evaluation(evaluation).cases if evaluation else ()
-    scores = score_predictions(found, cases)
-    if as_json:
-        print_json(msgspec.to_builtins(scores))
-        return
-    click.echo(f"{scores.images} predictions, {scores.patients} patients, {scores.missing} missing")
-    click.echo(f"ROUGE-1          {interval(scores.rouge1)}")
-    truth = scores.truth
-    click.echo(f"facts right      {interval(truth.recall, share=True) if truth else DASH}")
-    click.echo(f"facts precision  {percent(truth.precision) if truth else DASH}")
-    for kind, (right, total) in (truth.by_kind if truth else {}).items():
-        click.echo(f"  {kind:<15}{right}/{total}")
 
 
 COMMANDS = (check, score)

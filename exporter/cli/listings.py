@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli.console import print_json, print_table
 
+if TYPE_CHECKING:
+    from exporter.catalog.schema import ModelProfile, TargetProfile
+
+TARGETS = ("name", "for a model", "bandwidth", "SM", "10^12 dense op/s", "TensorRT", "machine")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
@@ -31,24 +35,50 @@ def models(as_json: bool) -> None:
             ", ".join(p.aliases),
             p.family,
             p.facts.parameters or "unknown",
-            p.hub.id if p.hub else "shipped with medexport",
+            _weights_of(p),
             p.facts.confidence or "-",
+            "yes" if p.status == "ready" else "plan only: no family code yet",
         )
         for p in model_profiles().values()
     ]
-    _show(("name", "alias", "family", "parameters", "weights", "facts"), rows, as_json)
+    _show(("name", "alias", "family", "parameters", "weights", "facts", "builds"), rows, as_json)
+
+
+def _weights_of(profile: ModelProfile) -> str:
+    if profile.builtin:
+        return "shipped with medexport"
+    return profile.hub.id if profile.hub else "no repository: --weights DIR"
 
 
 @click.command()
 @JSON
 def targets(as_json: bool) -> None:
-    """The machines a bundle can be made for."""
-    from exporter.catalog.profiles import target_profiles
+    """The machines a bundle can be made for; --json has the source of each fact."""
+    import msgspec
 
-    rows: list[tuple[object, ...]] = [
-        (t.name, t.provider, t.title) for t in target_profiles().values()
-    ]
-    _show(("name", "provider", "machine"), rows, as_json)
+    from exporter.catalog.profiles import target_profiles
+    from exporter.pipeline.targets import this_machine
+
+    if as_json:
+        print_json([msgspec.to_builtins(t) for t in target_profiles().values()])
+        return
+    print_table(TARGETS, [_target_row(t) for t in target_profiles().values()])
+    click.echo(f"this machine: {this_machine()}")
+
+
+def _target_row(target: TargetProfile) -> tuple[str, ...]:
+    memory, bandwidth = target.memory, target.bandwidth_gbs
+    usable = f"{memory.usable_bytes / 1e9:.1f} GB" if memory else "-"
+    versions = ", ".join(target.tensorrt.versions) if target.tensorrt else "-"
+    return (
+        target.name,
+        usable,
+        f"{bandwidth.value:g} GB/s" if bandwidth else "-",
+        target.compute_capability.value if target.compute_capability else "-",
+        " ".join(f"{name} {rate.value:g}" for name, rate in target.rates.items()),
+        versions,
+        target.title,
+    )
 
 
 @click.command()
@@ -66,11 +96,19 @@ def schemes(as_json: bool) -> None:
 @click.command()
 @JSON
 def metrics(as_json: bool) -> None:
-    """What the comparison measures."""
-    from exporter.compare.metrics import METRICS
+    """What the comparison and `medexport score` measure, what each needs and costs."""
+    from exporter.compare.captions.run import MetricPaths
+    from exporter.compare.captions.table import COST
+    from exporter.compare.metrics import all_metrics
 
-    rows: list[tuple[object, ...]] = [(m.name, m.unit, m.better, m.what) for m in METRICS]
-    _show(("name", "unit", "better", "what"), rows, as_json)
+    rows: list[tuple[object, ...]] = [
+        (m.name, m.unit, m.better, f"{m.seconds:g}" if m.seconds else "-", m.what, m.needs or "-")
+        for m in all_metrics()
+    ]
+    _show(("name", "unit", "better", "cost", "what", "needs"), rows, as_json)
+    if not as_json:
+        click.echo(f"cost: {COST}")
+        click.echo(f"weights are looked for in {MetricPaths().folder}, or --metric-path NAME=PATH")
 
 
 @click.command()

@@ -12,6 +12,7 @@ import msgspec
 
 from exporter.compare import assemble
 from exporter.compare.candidates import NOISE_FLOOR, Candidate, check_candidates, part_bytes
+from exporter.compare.caption_figures import CaptionFigures, judged_figures
 from exporter.compare.gate import judge_candidate
 from exporter.compare.jobs import JobCase, JobResult
 from exporter.compare.passes import (
@@ -26,6 +27,7 @@ from exporter.compare.power import size_line
 from exporter.compare.records import SCHEMA, Comparison, Row
 from exporter.compare.report import render_report
 from exporter.compare.speed import memory_figures, speed_figures
+from exporter.compare.tradeoff import TradeOff
 from exporter.compare.wording import method_lines, summary_line
 from exporter.core.artifact import write_atomic
 from exporter.core.cases import Case
@@ -63,13 +65,18 @@ def compare_models(
         max_new_tokens=max_new_tokens,
         threads=threads,
         work=work,
-        digests={c.name: sha256_tree(c.model_dir) for c in candidates},
+        digests={c.name: _digest(c) for c in candidates},
         reference_bytes=sum(part_bytes(candidates[0]).values()),
     )
     steps = Steps(progress, len(candidates) + 1 + (1 if plan.speed.seconds else 0), len(cases))
     results = quality_pass(candidates, setting, plan, steps)
     timed = speed_pass(candidates, setting, plan.speed, results, steps)
     return _assemble(candidates, cases, setting, plan, results, timed)
+
+
+def _digest(candidate: Candidate) -> str:
+    path = candidate.model_dir
+    return sha256_file(path) if candidate.runtime == "predictions" else sha256_tree(path)
 
 
 def _check_cases(cases: Sequence[Case]) -> None:
@@ -94,8 +101,9 @@ def _assemble(
     judge = assemble.Judge(cases, results[reference.name].cases)
     judged = {name: judge.judge(result.cases) for name, result in results.items()}
     models = {c.name: c for c in candidates} | {NOISE_FLOOR: reference}
+    captions, how = judged_figures(judged, plan.metrics)
     rows = tuple(
-        _row(name, models[name], setting, results[name], judged, timed.get(name, ()))
+        _row(name, models[name], setting, results[name], judged, timed.get(name, ()), captions)
         for name in results
     )
     floor = noise_floor_threads(setting.threads)
@@ -114,13 +122,16 @@ def _assemble(
             m: sum(c.modality == m for c in cases) for m in sorted({c.modality for c in cases})
         },
         machine=_machine(setting.threads),
-        method=method_lines(rows, setting.threads, floor) | {"sample size": size_line(plan.gate)},
+        method=method_lines(rows, setting.threads, floor)
+        | {f"metric {name}": line for name, line in how.items()}
+        | {"sample size": size_line(plan.gate)},
         rows=rows,
         cases=assemble.case_rows(judged, judge, {c.id: c.sha256 for c in setting.cases}),
         gates=tuple(
             judge_candidate(n, reference.name, judged[n], base, plan.gate, smoke=plan.smoke)
             for n in named
         ),
+        not_computed=captions[reference.name].not_computed,
     )
     return msgspec.structs.replace(made, summary=summary_line(made))
 
@@ -132,6 +143,7 @@ def _row(
     result: JobResult,
     judged: Mapping[str, Sequence[assemble.Judged]],
     timed: Sequence[JobResult],
+    captions: Mapping[str, CaptionFigures],
 ) -> Row:
     own, base = judged[name], next(iter(judged.values()))
     first = own is base
@@ -155,6 +167,8 @@ def _row(
         memory=memory_figures(timed) if timed else None,
         rouge1=rouge[0] if rouge else None,
         rouge1_difference=rouge[1] if rouge and not first else None,
+        captions=captions[name].figures,
+        caption_differences=captions[name].differences,
         truth=truth[0] if truth else None,
         recall_difference=truth[1] if truth and not first else None,
         moved=None if first else assemble.moved_figures(own),
@@ -178,14 +192,21 @@ def _machine(threads: int) -> dict[str, str]:
     }
 
 
-def write_reports(comparison: Comparison, out: Path, lineage: Mapping[str, Any]) -> None:
-    """Write compare.json, cases.jsonl and report.html into `out`; `lineage` is shown in the report."""
+def write_reports(
+    comparison: Comparison,
+    out: Path,
+    lineage: Mapping[str, Any],
+    curves: Mapping[str, TradeOff] | None = None,
+) -> None:
+    """Write compare.json, cases.jsonl and report.html into `out`; `lineage` and the trade-off
+    `curves` of mixed models, by name, are shown in the report.
+    """
     bare = msgspec.structs.replace(comparison, cases=())
     write_atomic(out / "compare.json", canonical_json(msgspec.to_builtins(bare)))
     # A path of this machine says nothing elsewhere: the files hold the image's name only.
     rows = [msgspec.structs.replace(c, image=Path(c.image).name) for c in comparison.cases]
     write_atomic(out / "cases.jsonl", b"".join(msgspec.json.encode(r) + b"\n" for r in rows))
-    write_atomic(out / "report.html", render_report(comparison, lineage).encode())
+    write_atomic(out / "report.html", render_report(comparison, lineage, curves).encode())
 
 
 def read_comparison(path: Path) -> Comparison:

@@ -37,6 +37,7 @@ thead th { background: var(--soft); }
 .case img { width: 100%; height: auto; background: #000; }
 .case dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; }
 .case dt { color: var(--quiet); } .case dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+figure { margin: .5rem 0 1.2rem; } figcaption { font-weight: 700; margin-bottom: .3rem; }
 .flipped { color: var(--bad); font-weight: 700; } .lost, .added { color: var(--warn); }
 .none { color: var(--good); font-weight: 700; }
 .blank { display: inline-block; min-width: 18rem; border-bottom: 1px solid var(--ink); }

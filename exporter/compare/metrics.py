@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from exporter.compare.captions.profiles import PROFILES
+from exporter.compare.captions.table import CAPTION_METRICS, BuiltIn
+
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure; `better` is "lower", "higher" or what it should be near to."""
+    """One figure; `better` is "lower", "higher" or what it should be near to.
+
+    `needs` is what is not built in, `seconds` the cost per 1,000 captions where it was measured alone
+    (`captions.table.COST`).
+    """
 
     name: str
     unit: str
     better: str
     what: str
+    needs: str = ""
+    seconds: float | None = None
 
 
 METRICS = (
@@ -22,7 +31,6 @@ METRICS = (
     Metric("total", "ms", "lower", "whole caption; median, p90 from 64 runs"),
     Metric("peak", "byte", "lower", "peak resident memory of a process that only captions"),
     Metric("unique", "byte", "lower", "memory that the process shares with none (USS)"),
-    Metric("rouge1", "0..1", "higher", "ROUGE-1 F against the ground-truth caption"),
     Metric("facts_right", "0..1", "higher", "share of the ground truth's clinical facts stated"),
     Metric("facts_precision", "0..1", "higher", "share of the stated facts that are true"),
     Metric("flips", "images", "lower", "images with a fact turned over against the reference"),
@@ -38,3 +46,33 @@ METRICS = (
     Metric("repetition", "0..1", "lower", "captions that end in a loop"),
     Metric("length", "1", "near 1", "generated tokens against the reference's"),
 )
+
+
+def all_metrics() -> tuple[Metric, ...]:
+    """The comparison's own figures, the caption metrics and the profiles that average them."""
+    captions = [
+        Metric(
+            row.name,
+            row.unit,
+            "higher",
+            f"{row.what}: {', '.join(row.figures)}",
+            "" if isinstance(row, BuiltIn) else _needs(row.holds, row.extra),
+            row.seconds,
+        )
+        for row in CAPTION_METRICS
+    ]
+    profiles = [
+        Metric(
+            p.name,
+            "mean",
+            "higher",
+            f"{p.what}: relevance, factuality, overall",
+            ", ".join(dict.fromkeys(part.metric for part in p.parts)),
+        )
+        for p in PROFILES
+    ]
+    return (*METRICS, *captions, *profiles)
+
+
+def _needs(holds: str, extra: str) -> str:
+    return f"{holds}; medexport[{extra}]" if extra else holds

@@ -21,6 +21,7 @@ from exporter.core.errors import ParityFailed, WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
+from exporter.runtimes.base import feature_rows
 from exporter.runtimes.images import open_image
 from exporter.runtimes.ort import OrtCaptioner
 
@@ -168,7 +169,7 @@ def _ask_torch(
 
 
 def _torch_features(captioner: TorchCaptioner, probe: Probe) -> NDArray[np.float32]:
-    """Features ``[tiles * tokens, hidden]`` by transformers' own method, not by our runtime's path."""
+    """Feature rows ``[rows, width]`` by transformers' own method, not by our runtime's path."""
     import torch
 
     with torch.inference_mode():
@@ -186,7 +187,7 @@ def _compare(
 ) -> list[Check]:
     errors: dict[str, list[float]] = {VISION: [], DECODER: []}
     for probe, truth in zip(probes, truths, strict=True):
-        features = captioner.engine.features(probe.inputs)
+        features = feature_rows(captioner.engine.features(probe.inputs))
         errors[VISION].append(relative_error(truth.features, features))
         logits = captioner.score(probe.image, probe.prompt, truth.tokens)
         errors[DECODER].append(logit_error(truth.logits, logits))

@@ -12,7 +12,9 @@ import msgspec
 
 from exporter.catalog.schema import Gate
 from exporter.compare.candidates import NOISE_FLOOR, Candidate
+from exporter.compare.caption_figures import MetricsAsked
 from exporter.compare.jobs import Job, JobCase, JobResult, Role, finished, run_job
+from exporter.compare.predictions import predicted_result
 from exporter.compare.speed import SpeedPlan
 from exporter.core.progress import Progress
 
@@ -22,7 +24,8 @@ class Plan:
     """How much is measured, and the margins that the verdict holds the figures to.
 
     `probes` cases are also captioned with their image blanked; `logits_bytes` is the disk space for
-    the reference's logits; `noise_floor`: run the reference twice; `smoke`: a quick look, whatever the number of images.
+    the reference's logits; `noise_floor`: run the reference twice; `smoke`: a quick look, whatever the
+    number of images; `metrics`: which caption metrics, the built-in ones unless asked.
     """
 
     speed: SpeedPlan = field(default_factory=SpeedPlan)
@@ -31,6 +34,7 @@ class Plan:
     noise_floor: bool = True
     gate: Gate = field(default_factory=Gate)
     smoke: bool = False
+    metrics: MetricsAsked = field(default_factory=MetricsAsked)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def quality_pass(
         "reference": first.folder, "reference_job": first.digest, "probes": probes,
     }  # fmt: skip
     jobs = [other.job(reference, "candidate", NOISE_FLOOR, **against)] if plan.noise_floor else []
-    jobs += [setting.job(c, "candidate", c.name, **against) for c in candidates[1:]]
+    models = [c for c in candidates[1:] if c.runtime != "predictions"]
+    jobs += [setting.job(c, "candidate", c.name, **against) for c in models]
     logits = Path(first.folder) / "logits"
     open_jobs = any(finished(job) is None for job in jobs)
     if open_jobs and not logits.is_dir():
@@ -111,6 +116,12 @@ def quality_pass(
             job, lambda d, t, _what="", name=job.name: steps.follow(d, t, name)
         )
         steps.next(job.name)
+    for candidate in candidates:
+        if candidate.runtime == "predictions":
+            results[candidate.name] = predicted_result(
+                candidate.model_dir, results[reference.name], reference.model_dir
+            )
+            steps.next(candidate.name)
     # The results stay for a later run; the logits are large and nobody needs them any more.
     shutil.rmtree(logits, ignore_errors=True)
     return results
@@ -131,6 +142,7 @@ def speed_pass(
     """A B C, A B C, ...: a drift of the machine meets all candidates alike."""
     if not plan.seconds:
         return {}
+    candidates = [c for c in candidates if c.runtime != "predictions"]
     slowest = max(median(c.total for c in results[x.name].cases) for x in candidates)
     load = max(results[x.name].load_seconds for x in candidates) + 1.0
     count = min(plan.images(slowest, load, len(candidates)), len(setting.cases))

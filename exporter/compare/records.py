@@ -119,7 +119,10 @@ class Slice(Record, frozen=True):
 
 
 class Row(Record, frozen=True):
-    """All figures of one model; differences are this model minus the reference, paired."""
+    """All figures of one model; differences are this model minus the reference, paired.
+
+    `captions` are the caption metrics of `captions/table.py` by figure.
+    """
 
     name: str
     role: Literal["reference", "noise floor", "candidate"]
@@ -135,6 +138,8 @@ class Row(Record, frozen=True):
     memory: Memory | None = None
     rouge1: Figure | None = None
     rouge1_difference: Figure | None = None
+    captions: dict[str, Figure] = {}
+    caption_differences: dict[str, Figure] = {}
     truth: Truth | None = None
     recall_difference: Figure | None = None
     moved: Moved | None = None
@@ -187,6 +192,7 @@ class Comparison(Record, frozen=True):
     """Everything that was measured; rows in the order given, the noise floor after the reference.
 
     `gates` holds a verdict per candidate, and the noise floor's last: the gate on no change at all.
+    `not_computed` says of caption metrics that were asked for what was looked for.
     """
 
     schema: int
@@ -203,6 +209,7 @@ class Comparison(Record, frozen=True):
     rows: tuple[Row, ...]
     cases: tuple[CaseRow, ...] = ()
     gates: tuple[GateReport, ...] = ()
+    not_computed: dict[str, str] = {}
 
     def gate(self, name: str) -> GateReport:
         """The verdict on the candidate called `name`. Raises KeyError."""

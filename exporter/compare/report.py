@@ -9,8 +9,11 @@ from typing import Any
 
 from exporter.compare import html
 from exporter.compare.candidates import NOISE_FLOOR
+from exporter.compare.caption_report import caption_tables
+from exporter.compare.plots import plots
 from exporter.compare.records import CaptionRow, CaseRow, Comparison, Row
 from exporter.compare.table import HEADER, shown_gates, table_cells
+from exporter.compare.tradeoff import TradeOff, tradeoff_section
 from exporter.compare.wording import (
     DASH,
     bound_text,
@@ -31,8 +34,10 @@ SECTIONS = (
     ("summary", "Summary"),
     ("changed", "What changed clinically"),
     ("worst", "Largest differences without a flip"),
+    ("plots", "Cost against quality"),
     ("slices", "By modality and kind of fact"),
     ("speed", "Speed, memory and size"),
+    ("tradeoff", "Bytes against quality"),
     ("method", "How each figure was measured"),
     ("lineage", "Where it comes from"),
     ("release", "For the person who signs"),
@@ -45,26 +50,36 @@ BLANKS = (
 )
 
 
-def render_report(comparison: Comparison, lineage: Mapping[str, Any]) -> str:
-    """One self-contained HTML document; `lineage` is shown as it is, nested values as JSON."""
+def render_report(
+    comparison: Comparison,
+    lineage: Mapping[str, Any],
+    curves: Mapping[str, TradeOff] | None = None,
+) -> str:
+    """One self-contained HTML document; `lineage` is shown as it is, nested values as JSON.
+
+    `curves`: the trade-off of each mixed model by its name.
+    """
     bodies = {
         "verdict": _verdict(comparison),
         "summary": _summary(comparison),
         "changed": _changed(comparison),
         "worst": _worst(comparison),
+        "plots": plots(comparison) or "<p>Too little was measured to draw.</p>\n",
         "slices": _slices(comparison),
         "speed": _speed(comparison),
+        "tradeoff": "".join(tradeoff_section(n, c) for n, c in (curves or {}).items()),
         "method": html.definitions(comparison.method.items()),
         "lineage": html.definitions((k, _plain(v)) for k, v in _lineage(comparison, lineage)),
         "release": _release(),
     }
-    links = "".join(f'<li><a href="#{a}">{html.text(t)}</a></li>' for a, t in SECTIONS)
+    sections = [(a, t) for a, t in SECTIONS if a != "tradeoff" or curves]
+    links = "".join(f'<li><a href="#{a}">{html.text(t)}</a></li>' for a, t in sections)
     title = f"Comparison with {comparison.reference}"
     head = (
         f"<header><h1>{html.text(title)}</h1>\n<p>{html.text(comparison.summary)}</p></header>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>\n'
     )
-    parts = "".join(html.section(a, t, bodies[a]) for a, t in SECTIONS)
+    parts = "".join(html.section(a, t, bodies[a]) for a, t in sections)
     return html.page(title, f"{head}{parts}</main>\n")
 
 
@@ -118,6 +133,7 @@ def _summary(c: Comparison) -> str:
     return (
         f"<p>{html.text(said)}</p>\n{main}"
         + html.table("Paired differences from the reference, 95 % intervals", header, differences)
+        + caption_tables(c)
         + _distributions(c.rows)
     )
 

@@ -81,8 +81,8 @@ def table_cells(row: Row) -> tuple[str, ...]:
     speed, memory, truth, moved = row.speed, row.memory, row.truth, row.distribution
     return (
         row.name,
-        megabytes(row.bytes),
-        number(row.ratio, 2),
+        megabytes(row.bytes) if row.parts else DASH,
+        number(row.ratio, 2) if row.parts else DASH,
         number(speed.first_token) if speed else DASH,
         number(speed.tokens_per_second) if speed else DASH,
         megabytes(memory.peak) if memory else DASH,
@@ -115,6 +115,10 @@ def _differences(row: Row) -> str:
     parts = []
     if row.rouge1_difference:
         parts.append(f"ROUGE-1 {interval(row.rouge1_difference, signed=True)}")
+    for name in ("rougeL", "bleu4"):
+        if name in row.caption_differences:
+            less = interval(row.caption_differences[name], signed=True, cases=False)
+            parts.append(f"{name} {less}")
     if row.recall_difference:
         parts.append(f"facts right {interval(row.recall_difference, share=True, signed=True)}")
     if row.moved:

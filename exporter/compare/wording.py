@@ -41,8 +41,10 @@ def small(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.3g}" if value >= 1e-3 else f"{value:.1e}"
 
 
-def interval(figure: Figure, *, share: bool = False, signed: bool = False) -> str:
-    """A value with its interval and the cases behind it."""
+def interval(
+    figure: Figure, *, share: bool = False, signed: bool = False, cases: bool = True
+) -> str:
+    """A value with its interval and, unless not wanted, the cases behind it."""
 
     def one(value: float | None) -> str:
         if value is None:
@@ -51,10 +53,8 @@ def interval(figure: Figure, *, share: bool = False, signed: bool = False) -> st
         return f"+{text}" if signed and value >= 0 else text
 
     unit = " %" if share else ""
-    return (
-        f"{one(figure.value)}{unit} [{one(figure.low)}, {one(figure.high)}] "
-        f"({figure.images} images, {figure.patients} patients)"
-    )
+    said = f"{one(figure.value)}{unit} [{one(figure.low)}, {one(figure.high)}]"
+    return said + (f" ({figure.images} images, {figure.patients} patients)" if cases else "")
 
 
 def bound_text(quantity: Quantity) -> str:

@@ -4,66 +4,122 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from exporter.compare.quality.lexicon import Match
 from exporter.compare.quality.scope import Clauses
 
 MAX_GAP_WORDS = 6
+# "The aorta measures up to 29 mm": all that may stand between an organ and its own size.
+_SIZE_WORDS = re.compile(
+    r"(?:\s|,|\b(?:is|are|was|were|has|have|had|an?|the|of|in|at|to|up|about|approximately|size|"
+    r"diameter|width|length|volume|caliber|calibre|thickness|height|depth|span|pressure|systolic|"
+    r"measures?|measured|measuring|estimated|holds|contains|maximum|maximal|mean|greatest)\b)*"
+)
+_SAYS_SOMETHING = re.compile(r"\d|\b(?:is|are|was|were|measures?|appears?|remains?)\b")
+_SHOWS = re.compile(r"\s*(?:show|reveal|demonstrat|there\b)")
 
 
-def owner_of(
-    sentence: str,
-    clauses: Clauses,
-    attribute: Match,
-    mentions: Sequence[Match],
-    terms: Sequence[Match],
-    breaks: frozenset[str],
-) -> Match | None:
-    """The mention that `attribute` describes, or None when the sentence has none.
+@dataclass(frozen=True)
+class Sentence:
+    """One lowercase sentence with its terms; `mentions` are its findings and devices."""
+
+    text: str
+    clauses: Clauses
+    terms: Sequence[Match]
+    breaks: frozenset[str]
+
+    @property
+    def mentions(self) -> list[Match]:
+        """Findings and devices, in order."""
+        return [t for t in self.terms if t.kind in ("finding", "device")]
+
+    def clause(self, position: int) -> tuple[int, int]:
+        """Start and end of the clause that holds `position`."""
+        before = [s for s in self.clauses.starts if s <= position]
+        after = [s for s in self.clauses.starts if s > position]
+        return (before[-1] if before else 0), (after[0] if after else len(self.text))
+
+
+def owner_of(sentence: Sentence, attribute: Match) -> Match | None:
+    """The finding, device or organ that `attribute` describes, or None when none does.
 
     In order: the noun phrase it opens ("left pleural effusion"), the last mention before it in its
-    clause ("effusion on the left"), the next one in its clause ("on the left an effusion"), the
-    last one before it in the sentence, the first one after it.
+    clause ("effusion on the left"), the organ whose size it is ("the aorta measures 29 mm"), the
+    next mention in its clause ("on the left an effusion"), and then another clause's.
     """
+    mentions = sentence.mentions
     inside = [m for m in mentions if m.start <= attribute.start and attribute.end <= m.end]
     if inside:
         return inside[0]
     before = [m for m in mentions if m.end <= attribute.start]
     after = [m for m in mentions if m.start >= attribute.end]
-    if after and _one_phrase(sentence, attribute, after[0], terms, breaks):
+    while len(after) > 1 and sentence.text[after[0].end : after[1].start] == " ":
+        after = after[1:]  # "6 mm calcified granuloma": the noun, not its adjective
+    if after and _one_phrase(sentence, attribute, after[0]):
         return after[0]
-    clause = clauses.index(attribute.start)
-    near_before = [m for m in before if clauses.index(m.start) == clause]
-    near_after = [m for m in after if clauses.index(m.start) == clause]
-    for group, place in ((near_before, -1), (near_after, 0), (before, -1), (after, 0)):
-        if group:
-            return group[place]
+    start, end = sentence.clause(attribute.start)
+    near_before = [m for m in before if m.start >= start]
+    near_after = [m for m in after if m.start < end]
+    if near_before:
+        return near_before[-1]
+    measured = _measured_organ(sentence, attribute)
+    if measured is not None:
+        return measured
+    if near_after:
+        return near_after[0]
+    return _in_other_clause(sentence, attribute, before, after)
+
+
+def organ_of(sentence: Sentence, attribute: Match) -> Match | None:
+    """The organ in its clause that `attribute` describes where no finding does ("right kidney")."""
+    start, end = sentence.clause(attribute.start)
+    near = [t for t in sentence.terms if t.kind == "anatomy" and start <= t.start < end]
+    following = [a for a in near if a.start >= attribute.end or a.start == attribute.start]
+    if following and not re.search(r"[,;()]", sentence.text[attribute.end : following[0].start]):
+        return following[0]
+    preceding = [a for a in near if a.end <= attribute.start]
+    return preceding[-1] if preceding else None
+
+
+def _measured_organ(sentence: Sentence, attribute: Match) -> Match | None:
+    if attribute.kind != "measurement":
+        return None
+    start, _ = sentence.clause(attribute.start)
+    organs = [
+        t
+        for t in sentence.terms
+        if t.kind == "anatomy" and start <= t.start and t.end <= attribute.start
+    ]
+    if organs and _SIZE_WORDS.fullmatch(sentence.text[organs[-1].end : attribute.start]):
+        return organs[-1]
     return None
 
 
-def anatomy_of(
-    sentence: str, clauses: Clauses, attribute: Match, anatomy: Sequence[Match]
-) -> str | None:
-    """The structure that `attribute` describes where no finding does ("right kidney", "aorta 52 mm")."""
-    clause = clauses.index(attribute.start)
-    near = [a for a in anatomy if clauses.index(a.start) == clause]
-    following = [a for a in near if a.start >= attribute.end]
-    if following and not re.search(r"[,;()]", sentence[attribute.end : following[0].start]):
-        return following[0].concept
-    preceding = [a for a in near if a.end <= attribute.start]
-    return preceding[-1].concept if preceding else None
+def _in_other_clause(
+    sentence: Sentence, attribute: Match, before: Sequence[Match], after: Sequence[Match]
+) -> Match | None:
+    """As in "the left lung shows an opacity", "nodule, 8 mm, left lung", "right kidney 9 cm"."""
+    start, end = sentence.clause(attribute.start)
+    if after and _SHOWS.match(sentence.text[end:]):
+        return after[0]
+    organ = organ_of(sentence, attribute)
+    rest = sentence.text[start : attribute.start] + sentence.text[attribute.end : end]
+    if attribute.kind == "laterality" and organ is not None and _SAYS_SOMETHING.search(rest):
+        return organ
+    if before and not (after and ";" in sentence.text[before[-1].end : attribute.start]):
+        return before[-1]
+    return after[0] if after else None
 
 
-def _one_phrase(
-    sentence: str,
-    attribute: Match,
-    mention: Match,
-    terms: Sequence[Match],
-    breaks: frozenset[str],
-) -> bool:
+def _one_phrase(sentence: Sentence, attribute: Match, mention: Match) -> bool:
     """Whether only adjectives stand between the attribute and the mention."""
-    gap = sentence[attribute.end : mention.start]
-    covered = [t for t in terms if attribute.end <= t.start and t.end <= mention.start]
+    if attribute.kind == "laterality" and re.search(
+        r"\bon the $", sentence.text[: attribute.start]
+    ):
+        return False  # "effusion on the left and bibasilar atelectasis": a side as a noun
+    gap = sentence.text[attribute.end : mention.start]
+    covered = [t for t in sentence.terms if attribute.end <= t.start and t.end <= mention.start]
     for term in sorted(covered, key=lambda t: -t.start):
         place = slice(term.start - attribute.end, term.end - attribute.end)
         gap = gap[: place.start] + ("*" if term.kind == attribute.kind else " ") + gap[place.stop :]
@@ -72,4 +128,4 @@ def _one_phrase(
     if re.search(r"[,;:()*]", gap):
         return False
     words = re.findall(r"\w+", gap)
-    return len(words) <= MAX_GAP_WORDS and not breaks.intersection(words)
+    return len(words) <= MAX_GAP_WORDS and not sentence.breaks.intersection(words)

@@ -50,8 +50,8 @@ def compare_facts(reference: Extraction, candidate: Extraction) -> tuple[Change,
     """What became of each fact of `reference`, and what `candidate` adds.
 
     Statements of one concept are paired so that most of their facts agree; a device left over on
-    both sides is a swapped device. Flipped are, within a pair: another status (not between present
-    and possible), another side, severity or measurement, another device; and another modality.
+    both sides is a swapped device. Flipped are, within a pair: another status (only between absent
+    and present or possible), another side, severity or measurement, another device; and another modality.
     """
     changes = _loose(reference.loose, candidate.loose)
     pairs, old, new = _pair(reference.statements, candidate.statements)
@@ -84,7 +84,7 @@ def _denial(left: Statement, other: Sequence[Statement]) -> Fact | None:
     another side.
     """
     same = [s for s in other if s.concept == left.concept]
-    opposite = {"present": "absent", "possible": "absent", "absent": "present"}[left.status]
+    opposite = {"present": "absent", "possible": "absent", "absent": "present"}.get(left.status)
     if any(s.status == left.status for s in same):
         return None
     sides = left.values("laterality")
@@ -125,7 +125,11 @@ def _slot(before: Iterable[Fact], after: Iterable[Fact], *, flips: bool) -> list
 
 def _statement(before: Statement, after: Statement) -> list[Change]:
     old, new = before.facts(), after.facts()
-    hedged = {before.status, after.status} == {"present", "possible"}
+    # Doubt and history change a statement; only its denial turns it over.
+    hedged = "absent" not in {before.status, after.status} or "past" in {
+        before.status,
+        after.status,
+    }
     if before.concept != after.concept:
         changes = [Change(FLIPPED, old[0], new[0])]
     else:

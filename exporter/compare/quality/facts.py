@@ -9,10 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
-from exporter.compare.quality.attach import anatomy_of, owner_of
-from exporter.compare.quality.lexicon import Lexicon, Match, read_lexicon, term_matcher
+from exporter.compare.quality.attach import Sentence, organ_of, owner_of
+from exporter.compare.quality.lexicon import (
+    GAP,
+    Lexicon,
+    Match,
+    Matcher,
+    read_lexicon,
+    term_matcher,
+)
 from exporter.compare.quality.measure import find_measurements
 from exporter.compare.quality.scope import split_clauses, status_of
 
@@ -29,7 +37,8 @@ class Fact:
     """One atom, stated at ``caption[start:end]``.
 
     kind: one of `KINDS`; subject: the finding, device or organ an attribute belongs to ("" when
-    none does); value: a concept, a status (present, absent, possible), or a normalised measurement.
+    none does); value: a concept, a status (present, absent, possible, past), or a normalised
+    measurement.
     """
 
     kind: str
@@ -106,20 +115,8 @@ def _read_sentence(
     loose: list[Fact],
 ) -> None:
     terms = _terms(sentence, path)
-    clauses = split_clauses(sentence, terms, path)
-    mentions = [t for t in terms if t.kind in ("finding", "device")]
-    anatomy = [t for t in terms if t.kind == "anatomy"]
-    made: dict[int, Statement] = {}
-    for m in mentions:
-        near = {a.concept for a in anatomy if clauses.index(a.start) == clauses.index(m.start)}
-        special = [c for organ, c in words.specialised.get(m.concept, {}).items() if organ in near]
-        made[id(m)] = Statement(
-            m.kind,
-            special[0] if special else m.concept,
-            status_of(sentence, clauses, m),
-            offset + m.start,
-            offset + m.end,
-        )
+    parsed = Sentence(sentence, split_clauses(sentence, terms, path), terms, words.breaks)
+    made = {m: _statement(parsed, m, offset, words) for m in parsed.mentions}
     last = statements[-1] if statements else None
     for term in terms:
         span = (offset + term.start, offset + term.end)
@@ -127,35 +124,78 @@ def _read_sentence(
             loose.append(Fact(term.kind, "", term.concept, *span))
         if term.kind not in ATTRIBUTES:
             continue
-        owner = owner_of(sentence, clauses, term, mentions, terms, words.breaks)
-        if owner is not None:
-            made[id(owner)].attributes[term.kind].setdefault(term.concept, span)
-        elif last is not None and _REFERS_BACK.match(sentence):
+        owner = owner_of(parsed, term)
+        if owner is None and last is not None and _REFERS_BACK.match(sentence):
             last.attributes[term.kind].setdefault(term.concept, span)
-        else:
-            organ = anatomy_of(sentence, clauses, term, anatomy)
-            if organ is not None or term.kind == "measurement":
-                loose.append(Fact(term.kind, organ or "", term.concept, *span))
+            continue
+        owner = owner or organ_of(parsed, term)
+        if owner in made:
+            # "Small-bore catheter": the size of a device is no grade.
+            if (made[owner].kind, term.kind) != ("device", "severity"):
+                made[owner].attributes[term.kind].setdefault(term.concept, span)
+        elif owner is not None or term.kind == "measurement":
+            loose.append(Fact(term.kind, owner.concept if owner else "", term.concept, *span))
     for statement in made.values():
         _turn_opposite(statement, words)
         statements.append(statement)
 
 
-def _terms(sentence: str, path: Path | None) -> list[Match]:
-    """Terms and measurements of one sentence, in order; sides inside a finding's name included."""
-    matcher = term_matcher(path)
+def _statement(sentence: Sentence, mention: Match, offset: int, words: Lexicon) -> Statement:
+    concept = _special_concept(sentence, mention, words)
+    status = status_of(sentence.text, sentence.clauses, mention)
+    if status == "past" and concept in words.lasting:
+        status = "present"
+    return Statement(mention.kind, concept, status, offset + mention.start, offset + mention.end)
+
+
+def _special_concept(sentence: Sentence, mention: Match, words: Lexicon) -> str:
+    """A stone is a kidney stone where its clause (or, if it names no organ, its sentence) says kidney."""
+    special = words.specialised.get(mention.concept)
+    if special is None:
+        return mention.concept
+    start, end = sentence.clause(mention.start)
+    organs = [t for t in sentence.terms if t.kind == "anatomy"]
+    near = [a for a in organs if start <= a.start < end] or organs
+    fitting = [a for a in near if a.concept in special]
+    if not fitting:
+        return mention.concept
+    nearest = min(fitting, key=lambda a: max(a.start - mention.end, mention.start - a.end))
+    return special[nearest.concept]
+
+
+@lru_cache(maxsize=2048)  # reports repeat their sentences
+def _terms(sentence: str, path: Path | None) -> tuple[Match, ...]:
+    """Terms and measurements of one sentence, in order; what a finding's name contains included."""
+    words, matcher = read_lexicon(path), term_matcher(path)
     sizes = [Match("measurement", m.value, m.start, m.end) for m in find_measurements(sentence)]
     found = [m for m in matcher.find(sentence) if m.kind != "ignore"]
-    terms = [t for t in found if all(t.end <= s.start or t.start >= s.end for s in sizes)]
-    for term in [t for t in terms if t.kind == "finding"]:
-        for inner in re.finditer(r"\b(?:left|right|\w+ly)\b", sentence[term.start : term.end]):
-            nested = matcher.find(inner.group())
-            terms += [
-                Match(n.kind, n.concept, term.start + inner.start(), term.start + inner.end())
-                for n in nested
-                if n.kind in ATTRIBUTES
-            ]
-    return sorted(terms + sizes, key=lambda t: (t.start, -t.end))
+    terms: list[Match] = []
+    for term in found:
+        if any(term.start < s.end and s.start < term.end for s in sizes):
+            continue
+        if term.kind == "composite":
+            parts = words.composite[re.sub(GAP, " ", sentence[term.start : term.end])]
+            terms += [Match(k, c, term.start, term.end) for k in parts for c in parts[k]]
+            continue
+        terms.append(term)
+        if term.kind == "finding":
+            terms += _nested(sentence, term, words, matcher)
+    return tuple(sorted(terms + sizes, key=lambda t: (t.start, -t.end)))
+
+
+def _nested(sentence: str, term: Match, words: Lexicon, matcher: Matcher) -> list[Match]:
+    """As in "heart is mildly enlarged" (a grade) and "bony abnormality" (an organ)."""
+    general = term.concept in words.opposites or term.concept in words.opposites.values()
+    inner = []
+    for word in re.finditer(r"\w+", sentence[term.start : term.end]):
+        if word.end() - word.start() == term.end - term.start:
+            continue
+        for n in matcher.find(word.group()):
+            grade = n.kind == "severity" and word.group().endswith("ly")
+            if grade or n.kind in ("laterality", "modality") or (general and n.kind == "anatomy"):
+                start = term.start + word.start()
+                inner.append(Match(n.kind, n.concept, start + n.start, start + n.end))
+    return inner
 
 
 def _turn_opposite(statement: Statement, words: Lexicon) -> None:

@@ -31,10 +31,11 @@ class Negation(Struct, frozen=True):
 
 
 class Uncertain(Struct, frozen=True):
-    """Triggers that make what they govern possible instead of present."""
+    """Triggers that make what they govern possible: what follows, precedes, or both."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
+    between: tuple[str, ...]
 
 
 class Unit(Struct, frozen=True):
@@ -58,9 +59,12 @@ class Lexicon(Struct, frozen=True):
     severity: dict[str, tuple[str, ...]]
     opposites: dict[str, str]
     specialised: dict[str, dict[str, str]]
+    composite: dict[str, dict[str, tuple[str, ...]]]
+    lasting: frozenset[str]
     ignore: tuple[str, ...]
     negation: Negation
     uncertain: Uncertain
+    past: tuple[str, ...]
     breaks: frozenset[str]
     numbers: dict[str, float]
     units: dict[str, Unit]
@@ -85,17 +89,28 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """One concept's phrases; a text without any of `keys` contains none of them."""
+
+    kind: str
+    concept: str
+    keys: tuple[str, ...]
+    phrases: re.Pattern[str]
+
+
+@dataclass(frozen=True)
 class Matcher:
     """Finds the phrases of several concepts; where two overlap, the longer one stays."""
 
-    patterns: tuple[tuple[str, str, re.Pattern[str]], ...]
+    patterns: tuple[Pattern, ...]
 
     def find(self, text: str) -> list[Match]:
         """All matches in lowercase `text`, in order, without overlaps."""
         found = [
-            Match(kind, concept, m.start(), m.end())
-            for kind, concept, pattern in self.patterns
-            for m in pattern.finditer(text)
+            Match(p.kind, p.concept, m.start(), m.end())
+            for p in self.patterns
+            if any(key in text for key in p.keys)
+            for m in p.phrases.finditer(text)
         ]
         # Ties go to the kind listed first; sorting is stable.
         found.sort(key=lambda m: m.start - m.end)
@@ -112,15 +127,36 @@ def phrase_pattern(phrase: str, *, plural: bool) -> str:
     for token in phrase.split():
         optional = token.endswith("~")
         words = [re.escape(w) for w in token.removesuffix("~").split("|")]
-        parts.append((f"(?:{'|'.join(words)})" if len(words) > 1 else words[0], optional))
-    if plural and not parts[-1][0].endswith("s"):
-        parts[-1] = (f"{parts[-1][0]}(?:s|es)?", parts[-1][1])
+        parts.append((_any_of(words), optional))
+    if plural:
+        last = phrase.rsplit(maxsplit=1)[-1].removesuffix("~").split("|")
+        parts[-1] = (_any_of([_with_plural(w) for w in last]), parts[-1][1])
     # The gap belongs to the optional word, so that its absence does not ask for two gaps.
     text = ""
     for index, (pattern, optional) in enumerate(parts):
-        piece = pattern if index == 0 else GAP + pattern
+        first = all(skipped for _, skipped in parts[:index])
+        piece = pattern + GAP if first and optional else pattern if first else GAP + pattern
         text += f"(?:{piece})?" if optional else piece
     return text
+
+
+def _any_of(words: list[str]) -> str:
+    return f"(?:{'|'.join(words)})" if len(words) > 1 else words[0]
+
+
+def _with_plural(word: str) -> str:
+    if word.endswith("s"):
+        return re.escape(word)
+    if re.search(r"[^aeiou]y$", word):
+        return f"{re.escape(word[:-1])}(?:y|ies)"
+    return f"{re.escape(word)}(?:s|es)?"
+
+
+def _keys(phrase: str) -> list[str]:
+    """What a text must contain for the phrase to match: its first word that may not be missing."""
+    needed = next((t for t in phrase.split() if not t.endswith("~")), phrase.rstrip("~"))
+    # A plural changes a last y.
+    return [word[:-1] if word.endswith("y") else word for word in needed.split("|")]
 
 
 def build_matcher(groups: dict[tuple[str, str], tuple[str, ...]]) -> Matcher:
@@ -130,7 +166,9 @@ def build_matcher(groups: dict[tuple[str, str], tuple[str, ...]]) -> Matcher:
         # Alternatives are tried in order: the longest phrase first makes the match the longest.
         ordered = sorted(phrases, key=lambda p: (-len(p.split()), -len(p)))
         body = "|".join(phrase_pattern(p, plural=kind in NOUNS) for p in ordered)
-        patterns.append((kind, concept, re.compile(rf"(?<![\w])(?:{body})(?![\w])")))
+        keys = {key for phrase in phrases for key in _keys(phrase)}
+        compiled = re.compile(rf"(?<![\w])(?:{body})(?![\w])")
+        patterns.append(Pattern(kind, concept, tuple(sorted(keys)), compiled))
     return Matcher(tuple(patterns))
 
 
@@ -156,6 +194,7 @@ def term_matcher(path: Path | None = None) -> Matcher:
     """Matcher of modality, anatomy, finding, device, laterality, severity and ignored phrases."""
     lexicon = read_lexicon(path)
     groups: dict[tuple[str, str], tuple[str, ...]] = {("ignore", ""): lexicon.ignore}
+    groups |= {("composite", word): (word,) for word in lexicon.composite}
     for kind in ("finding", "device", "modality", "anatomy", "laterality", "severity"):
         groups |= {(kind, c): phrases for c, phrases in getattr(lexicon, kind).items()}
     return build_matcher(groups)
@@ -163,13 +202,15 @@ def term_matcher(path: Path | None = None) -> Matcher:
 
 @cache
 def trigger_matcher(path: Path | None = None) -> Matcher:
-    """Matcher of negation and uncertainty triggers (kinds before, after, pseudo, end, maybe_*)."""
+    """Matcher of negation and uncertainty triggers (before, after, pseudo, end, maybe_*, past_before)."""
     lexicon = read_lexicon(path)
     return build_matcher(
         {
             ("pseudo", ""): lexicon.negation.pseudo,
             ("maybe_before", ""): lexicon.uncertain.before,
             ("maybe_after", ""): lexicon.uncertain.after,
+            ("maybe_between", ""): lexicon.uncertain.between,
+            ("past_before", ""): lexicon.past,
             ("after", ""): lexicon.negation.after,
             ("before", ""): lexicon.negation.before,
             ("end", ""): lexicon.negation.end,

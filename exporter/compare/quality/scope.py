@@ -8,16 +8,20 @@ termination words and by a comma or an "and" that starts something new.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.compare.quality.lexicon import Match, trigger_matcher
 
 BACKWARD_WORDS = 5
-# "no pneumothorax and a nodule", "no effusion, the heart is large", "no mass with mild edema"
+# "no pneumothorax and a nodule", "no effusion, the heart is large", "no mass with mild edema",
+# "no flow, suggesting torsion"
 _NEW_PART = re.compile(
     r"(?:[,:]?\s+(?:and|with|plus)\s+|,\s+)(?:(?:also|then|now)\s+)?"
     r"(?=(?:an?|the|there|this|it|on|in|at|with|without|no|its)\s)"
+    r"|,\s+(?=(?:suggest|consistent|compatible|concerning|suspicious|indicat|represent|likely|"
+    r"possibl|probabl|presum|diagnostic|in keeping))"
 )
 _LIST_GOES_ON = re.compile(r"^[^;.]*?\b(?:or|nor)\b")
 _HARD = re.compile(r"[;()\n]|:\s|\s[-–—]\s")
@@ -35,7 +39,7 @@ class Clauses:
         return sum(1 for s in self.starts if s <= position)
 
 
-def split_clauses(sentence: str, terms: list[Match], path: Path | None = None) -> Clauses:
+def split_clauses(sentence: str, terms: Sequence[Match], path: Path | None = None) -> Clauses:
     """Find the clause starts and the triggers of one lowercase sentence."""
     triggers = tuple(trigger_matcher(path).find(sentence))
     starts = {t.start for t in triggers if t.kind == "end"}
@@ -53,7 +57,7 @@ def split_clauses(sentence: str, terms: list[Match], path: Path | None = None) -
 
 
 def status_of(sentence: str, clauses: Clauses, mention: Match) -> str:
-    """present, absent or possible, for a mention in that sentence."""
+    """present, absent, possible or past, for a mention in that sentence."""
     statuses = {
         _STATUS[t.kind] for t in clauses.triggers if t.kind in _STATUS
         and _governs(sentence, clauses, t, mention)
@@ -62,6 +66,8 @@ def status_of(sentence: str, clauses: Clauses, mention: Match) -> str:
         return "possible"
     if "absent" in statuses:
         return "absent"
+    if "past" in statuses:
+        return "past"
     return "possible" if "doubt" in statuses else "present"
 
 
@@ -70,11 +76,17 @@ _STATUS = {
     "after": "absent",
     "maybe_before": "doubt",
     "maybe_after": "doubt after",
+    "maybe_between": "doubt",
+    "past_before": "past",
 }
 
 
 def _governs(sentence: str, clauses: Clauses, trigger: Match, mention: Match) -> bool:
-    if trigger.kind.endswith("before"):
+    if mention.start <= trigger.start and trigger.end <= mention.end:
+        return trigger.kind == "before"  # "heart is not enlarged"
+    if trigger.kind.endswith("before") or (
+        trigger.kind == "maybe_between" and mention.start >= trigger.end
+    ):
         inside = mention.start >= trigger.end
         return inside and clauses.index(mention.start) == clauses.index(trigger.end)
     if mention.end > trigger.start:

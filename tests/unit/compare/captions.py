@@ -57,7 +57,7 @@ CAPTIONS: tuple[tuple[str, str], ...] = (
     ("Ascites is absent.", "ascites absent"),
     ("The fracture is no longer visible.", "fracture absent"),
     ("Pulmonary embolism was ruled out.", "embolism absent"),
-    ("The heart is not enlarged.", "anatomy heart | enlargement absent"),
+    ("The heart is not enlarged.", "cardiomegaly absent"),
     ("Goiter or calcification is not present.", "goiter absent | calcification absent"),
     # Where a negation ends.
     ("No pneumothorax, but a small left pleural effusion.", "pneumothorax absent | pleural effusion present | pleural effusion: left | pleural effusion: mild"),
@@ -90,7 +90,7 @@ CAPTIONS: tuple[tuple[str, str], ...] = (
     ("On the right there is a small effusion and on the left a large pneumothorax.", "pleural effusion present | pleural effusion: right | pleural effusion: mild | pneumothorax present | pneumothorax: left | pneumothorax: severe"),
     ("In the left lung there is a nodule.", "nodule present | nodule: left | anatomy lung"),
     ("A cyst is seen in the right kidney and a stone in the left kidney.", "cyst present | cyst: right | anatomy kidney | kidney stone present | kidney stone: left"),
-    ("Small bowel obstruction with dilated bowel loops.", "bowel obstruction present"),
+    ("Small bowel obstruction with dilated bowel loops.", "bowel obstruction present | anatomy bowel | dilatation present"),
     ("The left ventricle is dilated.", "anatomy ventricle of the heart | dilatation present"),
     ("Mild to moderate pulmonary edema.", "edema present | edema: mild | edema: moderate"),
     # Longer ones, in the style of figure captions and of reports.
@@ -100,7 +100,7 @@ CAPTIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "PA chest film. The cardiomediastinal silhouette is within normal limits. The lungs are clear without focal consolidation, effusion, or pneumothorax. No acute bony abnormality.",
-        "modality x-ray | anatomy heart | anatomy lung | abnormality absent | consolidation absent | pleural effusion absent | pneumothorax absent",
+        "modality x-ray | anatomy chest | anatomy heart | anatomy lung | anatomy bone | abnormality absent | consolidation absent | pleural effusion absent | pneumothorax absent",
     ),
     (
         "Transverse ultrasound image of the left testis showing a 1.2 cm hypoechoic mass with internal vascularity.",

@@ -62,6 +62,12 @@ def test_doubt_is_no_flip_but_a_change() -> None:
     assert {outcome for outcome, _ in found} == {"lost", "added"}
 
 
+def test_history_is_no_flip_but_a_change() -> None:
+    for other in ("Pneumonia.", "No pneumonia."):
+        found = changes("History of pneumonia.", other)
+        assert {outcome for outcome, _ in found} == {"lost", "added"}
+
+
 def test_counts_add_up() -> None:
     truth = extract_facts("MRI of the brain: 23 mm mass on the left, no hydrocephalus.")
     said = extract_facts("MRI of the brain: 29 mm mass on the left, mild edema.")

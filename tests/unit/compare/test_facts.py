@@ -92,3 +92,26 @@ def test_a_general_word_means_the_special_concept_where_the_organ_is_named() -> 
     assert "kidney stone present" in facts_of("The right kidney holds a stone.")
     assert "gallstone present" in facts_of("Stones within the gallbladder.")
     assert "stone present" in facts_of("A stone.")
+
+
+@pytest.mark.parametrize(
+    ("text", "stated", "not_stated"),
+    [
+        ("History of pneumonia.", "pneumonia past", "pneumonia present"),
+        ("History of left mastectomy.", "mastectomy present", "mastectomy past"),
+        ("Atelectasis versus infiltrate.", "atelectasis possible", "atelectasis present"),
+        ("RLL nodule.", "nodule: right", "nodule: left"),
+        ("RLL nodule.", "anatomy lower lobe", "anatomy upper lobe"),
+        ("Total hip arthroplasties.", "joint prosthesis present", "anatomy hip"),
+        ("The heart is not enlarged.", "cardiomegaly absent", "cardiomegaly present"),
+        ("Right kidney 98 mm, no stone.", "kidney: 98 mm", "kidney stone: 98 mm"),
+        ("A 6 mm calcified granuloma.", "granuloma: 6 mm", "calcification: 6 mm"),
+        ("No flow, suggesting torsion.", "torsion possible", "torsion absent"),
+        ("Without interval change in the effusion.", "pleural effusion present", "pleural effusion absent"),
+        ("Small-bore chest tube.", "chest tube present", "chest tube: mild"),
+    ],
+)  # fmt: skip
+def test_rules_in_single_sentences(text: str, stated: str, not_stated: str) -> None:
+    facts = facts_of(text)
+    assert stated in facts
+    assert not_stated not in facts

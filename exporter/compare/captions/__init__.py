@@ -1,0 +1,1 @@
+"""Caption metrics: one file per metric, one row in `table.py`."""
