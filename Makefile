@@ -71,7 +71,7 @@ bench: venv
 	$(BIN)/python benchmarks/graph_speed.py tower --out build/bench/tower.json
 
 lock:
-	$(COMPILE) --extra build --extra dev --extra sign --no-emit-package torch \
+	$(COMPILE) --extra build --extra dev --extra dicom --extra sign --no-emit-package torch \
 		--output-file requirements.lock pyproject.toml
 	$(COMPILE) --output-file requirements-runtime.lock pyproject.toml
 	echo "pip>=25.3" | $(COMPILE) --output-file requirements-pip.lock -

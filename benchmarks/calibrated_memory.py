@@ -1,12 +1,12 @@
 """Peak memory and seconds of int4-rtn and int4-gptq, from SmolVLM-500M to LLaVA-7B.
 
-    python benchmarks/calibrated_memory.py [--shapes smolvlm-500m llava-7b] [--layers 4]
+    python benchmarks/calibrated_memory.py [--shapes smolvlm-500m llava-1.5-7b] [--layers 4]
         [--schemes int4-rtn int4-gptq] [--samples 128] [--image-tokens 576] [--text-tokens 64]
         [--spill] [--threads 2] [--folder DIR] [--out result.json]
 
-Weights and prompts are random: memory and time do not depend on the values. The LLaVA-7B shape is a
-Llama decoder of 32 blocks and width 4096 behind a CLIP-L-sized tower: 14 GB of float16, written
-shard by shard and kept in `--folder` for the next run. Each row runs in a process of its own; peak
+Weights and prompts are random: memory and time do not depend on the values. The checkpoints have
+the shapes of the profiles' published configs, LLaVA-1.5-7B's with 14 GB of float16 weights; they are
+written shard by shard and kept in `--folder` for the next run. Each row runs in a process of its own; peak
 memory is the kernel's high-water mark of resident memory, cleared after the imports and the
 prompts' making, which the marks include. `--layers` limits the decoder: a block's memory does not
 depend on how many there are, time does. Embedding the calibration images is not part of it.
@@ -32,42 +32,17 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.prompts import EmbeddedPrompt
 from exporter.core.tensors import Checkpoint, SafetensorsWriter
-from exporter.families.base import DecoderSpec, TowerSpec
+from exporter.families.base import DecoderSpec, VisionSpec
 from exporter.families.table import family_of
 
 ROOT = Path(__file__).resolve().parents[1]
-LLAVA: dict[str, Any] = {
-    "model_type": "idefics3",
-    "scale_factor": 1,
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-    },
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "image_size": 336,
-    },
-}
 SHARD = 5_000_000_000
 LIMITS = {"int4-rtn": 3e9, "int4-gptq": 8e9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["smolvlm-500m", "llava-7b"])
+    parser.add_argument("--shapes", nargs="+", default=["smolvlm-500m", "llava-1.5-7b"])
     parser.add_argument("--schemes", nargs="+", default=list(LIMITS))
     parser.add_argument("--layers", type=int, help="decoder blocks at most")
     parser.add_argument("--samples", type=int, default=128)
@@ -214,7 +189,7 @@ def print_growth(rows: list[dict[str, Any]], schemes: list[str]) -> None:
             print(f"{scheme}: {memory:.2f} times the memory for {size:.1f} times the weights")
 
 
-def specs(checkpoint: Path) -> tuple[DecoderSpec, TowerSpec]:
+def specs(checkpoint: Path) -> tuple[DecoderSpec, VisionSpec]:
     config = json.loads((checkpoint / "config.json").read_bytes())
     family = family_of(config)
     return family.decoder_spec(config), family.tower_spec(config)
@@ -226,12 +201,13 @@ def checkpoint_name(shape: str, layers: int | None) -> str:
 
 def write_checkpoint(folder: Path, shape: str, layers: int | None) -> None:
     """Write shards of at most `SHARD` bytes, their index and a config.json."""
-    config = json.loads(json.dumps(LLAVA if shape == "llava-7b" else config_of(shape)))
+    config = config_of(shape)
     if layers:
         whole = config["text_config"]["num_hidden_layers"]
         config["text_config"]["num_hidden_layers"] = min(layers, whole)
     family = family_of(config)
-    table = tensor_shapes(family.decoder_spec(config), family.tower_spec(config))
+    parts = (family.decoder_spec(config), family.tower_spec(config))
+    table = {t.name: t.shape for part in parts for t in part.tensors()}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -266,41 +242,6 @@ def random_values(
     values = np.resize(np.roll(noise, start).astype(np.float16), shape)
     norm = "norm" in name and name.endswith("weight")
     return values + np.float16(1) if norm else values
-
-
-def tensor_shapes(d: DecoderSpec, t: TowerSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the architecture, block by block."""
-    hidden, inner = d.hidden_size, d.intermediate_size
-    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    table: dict[str, tuple[int, ...]] = {d.embedding: (d.vocab_size, hidden)}
-    for i in range(d.layers):
-        at = f"{d.prefix}layers.{i}."
-        table |= {f"{at}{n}layernorm.weight": (hidden,) for n in ("input_", "post_attention_")}
-        table[at + "self_attn.q_proj.weight"] = (queries, hidden)
-        table |= {f"{at}self_attn.{n}_proj.weight": (keys, hidden) for n in "kv"}
-        table[at + "self_attn.o_proj.weight"] = (hidden, queries)
-        table |= {f"{at}mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
-        table[at + "mlp.down_proj.weight"] = (hidden, inner)
-    table[d.final_norm] = (hidden,)
-    if not d.tied:
-        table[d.head] = (d.vocab_size, hidden)
-    width, inner = t.hidden_size, t.intermediate_size
-    patch = t.prefix + "embeddings.patch_embedding."
-    table |= {patch + "weight": (width, 3, t.patch_size, t.patch_size), patch + "bias": (width,)}
-    table[t.prefix + "embeddings.position_embedding.weight"] = (t.patches**2, width)
-    for i in range(t.layers):
-        at = f"{t.prefix}encoder.layers.{i}."
-        linears = {f"self_attn.{n}": (width, width) for n in ("q_proj", "k_proj", "v_proj")}
-        linears |= {"self_attn.out_proj": (width, width)}
-        linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-        for name, shape in linears.items():
-            table |= {f"{at}{name}.weight": shape, f"{at}{name}.bias": shape[:1]}
-        for name in ("layer_norm1", "layer_norm2"):
-            table |= {f"{at}{name}.weight": (width,), f"{at}{name}.bias": (width,)}
-    norm = t.prefix + "post_layernorm."
-    table |= {norm + "weight": (width,), norm + "bias": (width,)}
-    table[t.projection] = (t.output_size, width * t.shuffle**2)
-    return table
 
 
 if __name__ == "__main__":

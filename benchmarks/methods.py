@@ -186,10 +186,13 @@ OURS: dict[str, Quantizer] = {
 
 def onnxruntime_quantizer(kind: str) -> Quantizer:
     """One of onnxruntime's own: Default, HQQ, k_quant, GPTQ."""
-    return lambda r, fmt: [_onnxruntime(kind, w, fmt, r.seen) for w in r.weights]
+    return lambda r, fmt: [onnxruntime_matrix(kind, w, fmt, r.seen) for w in r.weights]
 
 
-def _onnxruntime(kind: str, w: Array, fmt: BlockFormat, stats: InputStatistics) -> Result:
+def onnxruntime_matrix(
+    kind: str, w: Array, fmt: BlockFormat, stats: InputStatistics | None = None
+) -> Result:
+    """One matrix ``[N, K]`` by onnxruntime's quantizer; `stats` for the kinds that calibrate."""
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
@@ -203,6 +206,8 @@ def _onnxruntime(kind: str, w: Array, fmt: BlockFormat, stats: InputStatistics) 
     elif kind == "k_quant":
         config = peer.KQuantWeightOnlyQuantConfig()
     else:
+        if stats is None:
+            raise ValueError(f"{kind} needs inputs")
         config = peer.GPTQWeightOnlyQuantConfig(_Reader(stats), mse=kind == "GPTQ mse")
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")],

@@ -13,6 +13,9 @@ from exporter.core.digest import sha256_file, sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
+from exporter.families.base import BUFFERS
+from exporter.families.config import tied_section
+from exporter.families.published import modern_config
 
 QUANTIZED_SUFFIXES = (
     ".qweight",
@@ -30,26 +33,23 @@ QUANTIZED_SUFFIXES = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """An opened base.
+    """An opened base, its tensors under the newest names whatever layout they are stored in.
 
-    `names`: newest name to the checkpoint's own. `head`: the head's tensor name in the merged file,
-    None for a model without one; while `tied`, its values are those of `embedding`.
+    `config` is as the newest class reads it. `head`: the head's name in the merged file, whether the
+    base stores one or not; while `tied`, its values are those of `embedding`.
     """
 
     folder: Path
     config: dict[str, Any]
     layout: Layout
     tensors: Checkpoint
-    names: dict[str, str]
     embedding: str
     head: str
     tied: bool
 
     def find(self, name: str) -> str | None:
-        """The tensor's name in the merged file by its newest name; None when there is none."""
-        if name in self.names:
-            return self.names[name]
-        return self.head if self.tied and name == self.layout.head else None
+        """`name` when the merged file has a tensor of that name, None when it has none."""
+        return name if name in self.tensors or (self.tied and name == self.head) else None
 
     def source(self, tensor: str) -> str:
         """The checkpoint's tensor that `tensor` starts from: itself, or the embedding for a tied head."""
@@ -62,30 +62,31 @@ class BaseModel:
         return sha256_json({file.name: sha256_file(file) for file in files})
 
 
+def open_newest(folder: Path) -> Checkpoint:
+    """The tensors of a published folder under the names that merging gives them.
+
+    Raises `InputRefused` for an unknown architecture, and as `Checkpoint.open` does.
+    """
+    layout = layout_of(read_config(folder / "config.json"))
+    return Checkpoint.open(folder).renamed(layout.canonical)
+
+
 def open_base(folder: Path) -> BaseModel:
     """Open a float checkpoint of a known architecture. Raises `InputRefused`."""
-    config = read_config(folder / "config.json")
-    tensors = Checkpoint.open(folder)
-    refuse_quantized(folder, config, tensors)
-    layout = layout_of(config)
-    names: dict[str, str] = {}
-    for name in tensors.tensors:
-        newest = layout.canonical(name)
-        if newest in names:
-            raise InputRefused(
-                f"{folder}: '{name}' and '{names[newest]}' are the same tensor in two layouts; "
-                "expected each once"
-            )
-        names[newest] = name
-    if layout.embedding not in names:
+    published = read_config(folder / "config.json")
+    config = modern_config(published)
+    stored = Checkpoint.open(folder)
+    refuse_quantized(folder, config, stored)
+    layout = layout_of(published)
+    tensors = stored.renamed(layout.canonical)
+    embedding, head = layout.embedding, layout.head
+    if embedding not in tensors:
         raise InputRefused(
-            f"{folder}: no tensor '{layout.embedding}' among {len(names)}; expected a checkpoint of "
+            f"{folder}: no tensor '{embedding}' among {len(tensors.tensors)}; expected a checkpoint of "
             f"{config.get('model_type')}"
         )
-    embedding = names[layout.embedding]
-    head = names.get(layout.head, layout.head)
     tied = _is_tied(folder, config, tensors, embedding, head)
-    return BaseModel(folder, config, layout, tensors, names, embedding, head, tied)
+    return BaseModel(folder, config, layout, tensors, embedding, head, tied)
 
 
 def refuse_quantized(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> None:
@@ -98,6 +99,8 @@ def refuse_quantized(folder: Path, config: dict[str, Any], tensors: Checkpoint) 
     else:
         for info in tensors.tensors.values():
             packed = info.dtype in ("U8", "I8") and len(info.shape) > 1
+            if BUFFERS.search(info.name):
+                continue
             if packed or info.name.endswith(QUANTIZED_SUFFIXES):
                 found = f"tensor '{info.name}' is {info.dtype}"
                 break
@@ -112,7 +115,7 @@ def tie_flag(config: dict[str, Any]) -> bool | None:
     """tie_word_embeddings as config.json says it (its text part when the top says nothing)."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    flag = config.get("tie_word_embeddings", inner)
+    flag = tied_section(config).get("tie_word_embeddings", inner)
     return flag if isinstance(flag, bool) else None
 
 

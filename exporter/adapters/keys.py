@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from exporter.core.errors import InputRefused
+from exporter.families.published import PUBLISHED, swap_stem
 
 PEFT_PREFIX = "base_model.model."
 
@@ -44,11 +45,12 @@ class Layout:
     def canonical(self, name: str) -> str:
         """`name` (a tensor or module of any layout) as transformers 5 calls it."""
         for old, new in self.renames:
-            if f"{name}.".startswith(f"{old}."):
-                name = new + name[len(old) :]
+            found = swap_stem(name, old, new)
+            name = name if found is None else found
         return name
 
 
+VIT = "encoder.layers.*"
 LAYOUTS = (
     Layout(
         ("idefics3", "smolvlm"),
@@ -76,6 +78,12 @@ LAYOUTS = (
         head="lm_head.weight",
     ),
     Layout(
+        ("llava_mistral",),
+        PUBLISHED["llava_mistral"].names.pairs,
+        embedding="model.language_model.embed_tokens.weight",
+        head="lm_head.weight",
+    ),
+    Layout(
         ("qwen2_vl", "qwen2_5_vl"),
         (
             ("model.layers", "model.language_model.layers"),  # <= 4.51
@@ -85,6 +93,45 @@ LAYOUTS = (
             ("language_model", "model.language_model"),
         ),
         embedding="model.language_model.embed_tokens.weight",
+        head="lm_head.weight",
+    ),
+    Layout(
+        ("moondream1", "moondream2"),
+        (
+            *PUBLISHED["moondream1"].names.pairs,
+            ("text", "model.text"),  # adapters of the published inner class
+            ("vision", "model.vision"),
+            ("region", "model.region"),
+        ),
+        embedding="model.text.wte",
+        head="model.text.lm_head.weight",
+    ),
+    Layout(
+        ("vision-encoder-decoder",),
+        (  # <= 4.57
+            ("encoder.encoder.layer", "encoder.layers"),
+            (f"{VIT}.attention.attention.query", f"{VIT}.attention.q_proj"),
+            (f"{VIT}.attention.attention.key", f"{VIT}.attention.k_proj"),
+            (f"{VIT}.attention.attention.value", f"{VIT}.attention.v_proj"),
+            (f"{VIT}.attention.output.dense", f"{VIT}.attention.o_proj"),
+            (f"{VIT}.intermediate.dense", f"{VIT}.mlp.fc1"),
+            (f"{VIT}.output.dense", f"{VIT}.mlp.fc2"),
+        ),
+        embedding="decoder.transformer.wte.weight",
+        head="decoder.lm_head.weight",
+        conv1d=("c_attn", "c_proj", "c_fc", "q_attn"),
+    ),
+    Layout(
+        ("idefics",),
+        # The same in all versions; the short forms are adapters of the model without its head.
+        (
+            ("layers", "model.layers"),
+            ("gated_cross_attn_layers", "model.gated_cross_attn_layers"),
+            ("perceiver_resampler", "model.perceiver_resampler"),
+            ("vision_model", "model.vision_model"),
+            ("embed_tokens", "model.embed_tokens"),
+        ),
+        embedding="model.embed_tokens.weight",
         head="lm_head.weight",
     ),
     Layout(

@@ -20,6 +20,8 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import copy_small_files
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, ITEM_BYTES, SafetensorsWriter
+from exporter.families.config import with_tied
+from exporter.families.published import complete_published
 
 PROOF = "merge.json"
 # Room for the small files and the header beside the tensors.
@@ -32,7 +34,8 @@ def merge_adapters(
 ) -> MergeProof:
     """Write `checkpoint` with `adapters` merged in sequence, as float16, into the empty folder `out`.
 
-    Writes the small files, model.safetensors and merge.json. Without adapters it is a float16 copy.
+    The tensors get their newest names. Writes the small files (those too that a published layout
+    leaves out), model.safetensors and merge.json. Without adapters it is a float16 copy.
     A tied head that the adapters move apart from the embedding is stored on its own, and config.json
     says so. Peak memory is about twice the largest tensor in float32. Raises `InputRefused` (base or
     adapter not acceptable, adapter that changes nothing, values beyond float16) and
@@ -46,6 +49,7 @@ def merge_adapters(
     size = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in entries.values())
     need_space(out, size + SPARE_BYTES)
     copy_small_files(checkpoint, out)
+    complete_published(checkpoint, out)
     (out / "config.json").write_bytes(canonical_json(_merged_config(base.config, head)))
     targets: list[TargetRecord] = []
     replaced: list[ReplacedRecord] = []
@@ -82,7 +86,7 @@ def _head_state(recipe: Recipe) -> str:
 
 def _merged_config(config: dict[str, Any], head: str) -> dict[str, Any]:
     """config.json of the merged model: float16, and whether the head is tied as it is now."""
-    merged = {**copy.deepcopy(config), "tie_word_embeddings": head == "tied"}
+    merged = with_tied(copy.deepcopy(config), head == "tied")
     if not any(key in merged for key in DTYPE_KEYS):
         merged["dtype"] = "float16"
     for part in (merged, *(v for v in merged.values() if isinstance(v, dict))):

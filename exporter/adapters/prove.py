@@ -17,15 +17,19 @@ import msgspec
 import numpy as np
 import torch
 
-from exporter.adapters.base import open_base
+from exporter.adapters.base import BaseModel, open_base
 from exporter.adapters.layerwise import prove_layers
 from exporter.adapters.recipe import Recipe, open_recipe
 from exporter.adapters.rewrite import write_current
 from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
+from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint, total_bytes
+from exporter.families.config import image_token
 from exporter.families.table import FAMILIES, family_of
+from exporter.families.torch_classes import is_own
 from exporter.runtimes.quiet import quiet_transformers
+from exporter.runtimes.torch_reference import load_model, model_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +118,7 @@ def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) ->
             f"{merged}: merged logits differ from the adapter's by {error:.3g} of the largest; expected "
             f"at most {tolerance:.3g}, what rounding the weights to float16 explains; report this merge"
         )
-    plain = _load(base.folder)
+    plain = _load_base(base)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.half().float())
@@ -145,10 +149,34 @@ def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) ->
     )
 
 
+def _load_base(base: BaseModel) -> PreTrainedModel:
+    """The base in float32; one that transformers has no class for, through the newest names."""
+    if is_own(base.config):
+        tensors = {n: torch.from_numpy(base.tensors.float32(n)) for n in base.tensors.tensors}
+        own: PreTrainedModel = model_of(base.folder, base.config, tensors)
+        return own
+    if base.config["model_type"] == read_config(base.folder / "config.json")["model_type"]:
+        return _load(base.folder)
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    settings = dict(base.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    tensors = {n: torch.from_numpy(base.tensors.float32(n)) for n in base.tensors.tensors}
+    kind = AutoModelForImageTextToText._model_mapping[type(config)]
+    model: PreTrainedModel = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
 def _load(folder: Path) -> PreTrainedModel:
     """The model of a checked folder in float32. Its config was read by `open_base` or written by us."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    settings = read_config(folder / "config.json")
+    if is_own(settings):
+        own: PreTrainedModel = load_model(folder, settings)
+        return own
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     known = type(config) in AutoModelForImageTextToText._model_mapping
     loader: Any = AutoModelForImageTextToText if known else AutoModelForCausalLM
@@ -170,7 +198,7 @@ def _adapter_logits(
     """Logits with the last adapter un-merged (those before it merged by peft), and peft's float32 merge."""
     from peft import PeftModel
 
-    model: Any = _load(recipe.base.folder)
+    model: Any = _load_base(recipe.base)
     _separate_head(model)
     logits = np.empty(0)
     for index, (adapter, plan) in enumerate(recipe.adapters):
@@ -197,12 +225,12 @@ def _separate_head(model: Any) -> None:
 def _inputs(config: dict[str, Any], seed: int) -> tuple[dict[str, torch.Tensor], int]:
     """Random tokens, behind two random image tiles where the family has them; and the number of tiles."""
     generator = np.random.default_rng(seed)
-    text = config.get("text_config") or config
-    image = config.get("image_token_id")
+    text = config.get("text_config") or config.get("decoder") or config
+    image = image_token(config)
     allowed = np.setdiff1d(np.arange(int(text["vocab_size"])), [-1 if image is None else image])
     ids = generator.choice(allowed, TEXT_TOKENS)
     families = {kind for family in FAMILIES.values() for kind in family.MODEL_TYPES}
-    if config.get("model_type") not in families or image is None:
+    if config.get("model_type") not in families:
         return {"input_ids": torch.from_numpy(ids[None])}, 0
     arrays, tiles = family_of(config).proof_inputs(config, generator, ids)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}, tiles

@@ -105,7 +105,7 @@ def _tensor(adapter: Adapter, base: BaseModel, key: AdapterKey, name: str) -> st
     if tensor is None:
         raise InputRefused(
             f"{adapter.folder}: '{key.key}' changes '{name}', which the base ({base.folder.name}, "
-            f"{len(base.names)} tensors, e.g. '{base.embedding}') does not have; "
+            f"{len(base.tensors.tensors)} tensors, e.g. '{base.embedding}') does not have; "
             "is it an adapter for another base?"
         )
     return tensor
@@ -249,8 +249,8 @@ def _modules(base: BaseModel) -> Sequence[str]:
     """Modules that peft can put LoRA on: those with a weight of two or more axes."""
     return [
         name.removesuffix(".weight")
-        for name, stored in base.names.items()
-        if name.endswith(".weight") and len(base.tensors.info(stored).shape) > 1
+        for name, info in base.tensors.tensors.items()
+        if name.endswith(".weight") and len(info.shape) > 1
     ]
 
 

@@ -52,8 +52,13 @@ class Usage(Strict, frozen=True, kw_only=True):
     max_new_tokens: int
 
 
-class Manifest(Strict, frozen=True, kw_only=True):
-    """The content of manifest.json. `digest` covers everything else in it."""
+class Manifest(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """The content of manifest.json. `digest` covers everything else in it.
+
+    `settings`: what each quantization method was set to, by method; absent where there is none.
+    `allocation`: of a mixed scheme its budget, what each unit costs in which bits, and what was
+    chosen; absent for other schemes.
+    """
 
     schema: int
     name: str
@@ -68,6 +73,8 @@ class Manifest(Strict, frozen=True, kw_only=True):
     checks: dict[str, Any]
     statement: str
     files: tuple[FileEntry, ...]
+    settings: dict[str, Any] = {}
+    allocation: dict[str, Any] | None = None
     digest: str = ""
 
 

@@ -28,6 +28,8 @@ from exporter.core.digest import canonical_json, list_files
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 
+QUANTIZATION, TRADEOFF = "quantization.json", "tradeoff.json"
+
 
 @dataclass(frozen=True)
 class BundleParts:
@@ -61,8 +63,11 @@ def package(out: Path, parts: BundleParts, key: Path | None = None) -> Manifest:
     (out / "reports").mkdir()
     for name, source in parts.reports.items():
         shutil.copyfile(source, out / "reports" / name)
+    tradeoff = parts.exported / TRADEOFF
+    if tradeoff.is_file():
+        shutil.copyfile(tradeoff, out / "reports" / TRADEOFF)
     export = read_json(parts.exported / "export.json")
-    layers, floats = _storage(parts.exported, export)
+    layers, floats, settings = _storage(parts.exported, export)
     manifest = Manifest(
         schema=SCHEMA,
         name=parts.name,
@@ -77,6 +82,8 @@ def package(out: Path, parts: BundleParts, key: Path | None = None) -> Manifest:
         checks=dict(parts.checks),
         statement=parts.statement,
         files=(),
+        settings=settings,
+        allocation=_allocation(parts.exported),
     )
     (out / "MODEL_CARD.md").write_text(model_card(manifest), encoding="utf-8")
     (out / "sbom.cdx.json").write_bytes(
@@ -87,14 +94,22 @@ def package(out: Path, parts: BundleParts, key: Path | None = None) -> Manifest:
 
 def _storage(
     exported: Path, export: Mapping[str, Any]
-) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-    """Quantized matrices and float tensors: from quantization.json, or all float without one."""
-    plan = exported / "quantization.json"
+) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...], dict[str, Any]]:
+    """Quantized matrices, float tensors and methods' settings: from quantization.json, or all float
+    without one.
+    """
+    plan = exported / QUANTIZATION
     if plan.is_file():
         found = read_json(plan)
-        return tuple(found["layers"]), tuple(found["floats"])
+        return tuple(found["layers"]), tuple(found["floats"]), found.get("settings", {})
     reason = f"the scheme stores {export['float_storage']}"
-    return (), tuple({"name": name, "reason": reason} for name in sorted(export["bits"]))
+    return (), tuple({"name": name, "reason": reason} for name in sorted(export["bits"])), {}
+
+
+def _allocation(exported: Path) -> dict[str, Any] | None:
+    """How a mixed scheme came to its bits, from quantization.json."""
+    plan = exported / QUANTIZATION
+    return read_json(plan).get("allocation") if plan.is_file() else None
 
 
 def _seal(out: Path, manifest: Manifest, key: Path | None) -> Manifest:

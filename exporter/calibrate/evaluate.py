@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.llama import block_prefix, rms_norm, rotary_tables, run_block, use_torch
+from exporter.calibrate.llama import Rotary, block_prefix, rms_norm, run_block, use_torch
 from exporter.calibrate.prompts import EmbeddedPrompt
 from exporter.calibrate.states import DiskStates, MemoryStates, States
 from exporter.calibrate.walk import as_tensor, load_block
@@ -53,7 +53,8 @@ class CaptionModel:
         use_torch(threads)
         self._checkpoint, self._spec, self._prompts = checkpoint, spec, prompts
         self._tied = _head_is_embedding(checkpoint, spec)
-        self._tables = rotary_tables(spec, max(p.length for p in prompts))
+        lengths = [p.length for p in prompts]
+        self._rotary = Rotary(spec, lengths, [p.positions for p in prompts])
         self._stack = ExitStack()
         self._states: States = MemoryStates()
         if spill:
@@ -78,20 +79,26 @@ class CaptionModel:
     ) -> None:
         self._stack.close()
 
-    def kl(self, replaced: Mapping[str, Array]) -> float:
+    def kl(self, replaced: Mapping[str, Array], features: Sequence[Array] | None = None) -> float:
         """Mean KL(reference || replaced) in nats per predicted token (caption tokens and the stop).
 
         `replaced` is by full names in the checkpoint: matrices and norms of blocks, the embedding
-        (also of the head when tied), the final norm, the head. Raises ValueError for other names or
-        shapes.
+        (also of the head when tied), the final norm, the head; each is looked up when it is needed,
+        so that a mapping may read them from disk. `features`: by prompt the image features
+        ``[image positions, H]`` of another vision part. Raises ValueError for other names or shapes.
         """
         self._refuse_strangers(replaced)
-        first = self._first_block(replaced)
+        first = 0 if features is not None else self._first_block(replaced)
         states: States = MemoryStates()
+        table = None
+        if first == 0 and self._spec.embedding in replaced:
+            table = self._replacement(self._spec.embedding, replaced)
         for number in range(len(self._prompts)):
             hidden = self._states.read(first, number)
-            if first == 0 and self._spec.embedding in replaced:
-                hidden = self._embed(number, replaced[self._spec.embedding])
+            if table is not None:
+                hidden = self._embed(number, table)
+            if features is not None:
+                hidden = self._with_features(number, hidden, features[number])
             states.write(first, number, hidden)
         self._run(first, replaced, states, silent)
         total, count = 0.0, 0
@@ -114,11 +121,12 @@ class CaptionModel:
             prefix = block_prefix(self._spec, layer)
             for name in weights:
                 if prefix + name in replaced:
-                    weights[name] = as_tensor(replaced[prefix + name])
+                    weights[name] = as_tensor(self._replacement(prefix + name, replaced))
             for number in range(len(self._prompts)):
                 hidden = as_tensor(states.read(layer, number))
                 with torch.inference_mode():
-                    after = run_block(self._spec, weights, hidden, self._tables)
+                    tables = self._rotary.tables(number)
+                    after = run_block(self._spec, weights, hidden, tables)
                 states.write(layer + 1, number, after.numpy())
                 if states is not self._states:
                     states.spend(layer, number)
@@ -140,8 +148,15 @@ class CaptionModel:
             yield logits
 
     def _tensor(self, name: str, replaced: Mapping[str, Array]) -> torch.Tensor:
-        values = replaced.get(name)
-        return as_tensor(self._checkpoint.float32(name) if values is None else values)
+        if name in replaced:
+            return as_tensor(self._replacement(name, replaced))
+        return as_tensor(self._checkpoint.float32(name))
+
+    def _replacement(self, name: str, replaced: Mapping[str, Array]) -> Array:
+        values = replaced[name]
+        if values.shape != self._checkpoint.info(name).shape:
+            raise ValueError(f"'{name}' is {values.shape}, not of the checkpoint's shape")
+        return values
 
     def _embed(self, number: int, table: Array) -> Array:
         prompt = self._prompts[number]
@@ -150,15 +165,21 @@ class CaptionModel:
         embeds: Array = np.where(prompt.image_positions[:, None], prompt.embeds, rows)
         return embeds
 
+    def _with_features(self, number: int, hidden: Array, features: Array) -> Array:
+        places = self._prompts[number].image_positions
+        if features.shape != (int(places.sum()), hidden.shape[1]):
+            raise ValueError(f"features {features.shape} for {int(places.sum())} image positions")
+        embeds = np.array(hidden, np.float32)
+        embeds[places] = features
+        return embeds
+
     def _refuse_strangers(self, replaced: Mapping[str, Array]) -> None:
         spec = self._spec
         whole = {spec.embedding, spec.final_norm} | (set() if self._tied else {spec.head})
-        for name, values in replaced.items():
+        for name in replaced:
             known = name in whole or self._block_of(name) is not None
             if not known or name not in self._checkpoint:
                 raise ValueError(f"'{name}' is no tensor of the decoder")
-            if values.shape != self._checkpoint.info(name).shape:
-                raise ValueError(f"'{name}' is {values.shape}, not of the checkpoint's shape")
 
     def _first_block(self, replaced: Mapping[str, Array]) -> int:
         if self._spec.embedding in replaced:

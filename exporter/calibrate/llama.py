@@ -1,4 +1,4 @@
-"""A Llama decoder block as a function of its weights, in torch float32.
+"""A Llama or Qwen2 decoder block as a function of its weights, in torch float32.
 
 The weights come in as a mapping, so that one block at a time can be held in memory and single
 matrices can be replaced. Equal to transformers' LlamaDecoderLayer (test_llama.py).
@@ -6,10 +6,13 @@ matrices can be replaced. Equal to transformers' LlamaDecoderLayer (test_llama.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from exporter.core.errors import require
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.errors import InputRefused, require
 from exporter.families.base import DecoderSpec
 
 if TYPE_CHECKING:
@@ -35,9 +38,10 @@ def use_torch(threads: int) -> None:
 
 
 def block_names(spec: DecoderSpec, layer: int) -> tuple[str, ...]:
-    """Checkpoint names of every tensor of block `layer`: norms, then matrices as used."""
+    """Checkpoint names of every tensor of block `layer`: norms, matrices as used, then biases."""
     prefix = block_prefix(spec, layer)
-    return tuple(prefix + n for n in (*NORMS, *(n for group in GROUPS for n in group)))
+    biases = map(_bias, QKV) if spec.qkv_bias else ()
+    return tuple(prefix + n for n in (*NORMS, *(n for group in GROUPS for n in group), *biases))
 
 
 def block_prefix(spec: DecoderSpec, layer: int) -> str:
@@ -59,10 +63,60 @@ def rotary_tables(spec: DecoderSpec, length: int) -> tuple[torch.Tensor, torch.T
     """
     import torch
 
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    angles = torch.outer(torch.arange(length).float(), 1.0 / spec.rope_theta**exponents)
+    angles = torch.outer(torch.arange(length).float(), _frequencies(spec))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def axis_tables(
+    spec: DecoderSpec, positions: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines ``[length, head_dim]`` of positions on several axes, int64 ``[axes, length]``:
+    the frequencies of section k turn with axis k (M-RoPE, arXiv 2409.12191).
+    """
+    import torch
+
+    owner = torch.repeat_interleave(torch.arange(len(spec.mrope)), torch.tensor(spec.mrope))
+    angles = torch.from_numpy(positions).float()[owner].T * _frequencies(spec)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _frequencies(spec: DecoderSpec) -> torch.Tensor:
+    """Radians per position ``[head_dim / 2]``."""
+    import torch
+
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    return 1.0 / spec.rope_theta**exponents
+
+
+class Rotary:
+    """The tables of each prompt: one for all where a position is the place in the text."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        lengths: Sequence[int],
+        positions: Sequence[NDArray[np.int64] | None],
+    ) -> None:
+        """By prompt its length and its positions ``[axes, length]``.
+
+        Raises `InputRefused` when the decoder needs positions that a prompt does not have.
+        """
+        axes = len(spec.mrope)
+        self._spec = spec
+        self._positions = [p for p in positions if p is not None and len(p) == axes]
+        if axes and len(self._positions) != len(positions):
+            raise InputRefused(
+                f"a prompt lacks positions on {axes} axes; expected prompts of the model's family"
+            )
+        self._shared = None if axes else rotary_tables(spec, max(lengths))
+
+    def tables(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of prompt `number`, of its length at least."""
+        if self._shared is not None:
+            return self._shared
+        return axis_tables(self._spec, self._positions[number])
 
 
 def run_block(
@@ -74,8 +128,8 @@ def run_block(
 ) -> torch.Tensor:
     """Hidden states ``[S, H]`` after one block of causal attention and a SiLU-gated MLP.
 
-    `weights` is by the names of `GROUPS` and `NORMS`, without a prefix; `tables` are
-    `rotary_tables` of at least S positions. `observe` is called with each group and its input
+    `weights` is by the names of `GROUPS`, `NORMS` and biases, without a prefix; `tables` are
+    cosines and sines of at least S positions. `observe` is called with each group and its input
     ``[S, K]`` before the group is used.
     """
     import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -107,8 +161,10 @@ def _attend(
     import torch.nn.functional as F  # noqa: N812
 
     length = x.shape[0]
+    biases = [weights[_bias(name)] if spec.qkv_bias else None for name in QKV]
     q, k, v = (
-        F.linear(x, weights[name]).view(length, -1, spec.head_dim).transpose(0, 1) for name in QKV
+        F.linear(x, weights[name], bias).view(length, -1, spec.head_dim).transpose(0, 1)
+        for name, bias in zip(QKV, biases, strict=True)
     )
     cos, sin = (table[:length] for table in tables)
     q, k = (t * cos + _rotate_half(t) * sin for t in (q, k))
@@ -116,6 +172,10 @@ def _attend(
     k, v = (t.repeat_interleave(groups, dim=0) for t in (k, v))
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
     return out[0].transpose(0, 1).reshape(length, -1)
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

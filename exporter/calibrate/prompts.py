@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from exporter.calibrate.loaders.pictures import open_picture
 from exporter.core.cases import Case
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config, read_json
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
-from exporter.runtimes.greedy import image_places
+from exporter.runtimes.base import feature_rows
+from exporter.runtimes.greedy import Positions, image_places
+from exporter.runtimes.images import open_image
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from exporter.runtimes.ort import OrtCaptioner
 
 MAX_ANSWER = 128
+SPACE = "\u2581"  # SentencePiece's mark of a space
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class EmbeddedPrompt:
     """One prompt with its images and its answer, as the decoder's input.
 
     embeds: float32 ``[S, H]``; image_positions: bool ``[S]``, True where an image feature stands;
-    tokens: int64 ``[S]``; answer: the positions of the caption's tokens, at the end.
+    tokens: int64 ``[S]``; answer: the places of the caption's tokens, at the end; positions: int64
+    ``[axes, S]`` where a position is more than a place in the text.
     """
 
     embeds: NDArray[np.float32]
     image_positions: NDArray[np.bool_]
     tokens: NDArray[np.int64]
     answer: slice
+    positions: NDArray[np.int64] | None = None
 
     @property
     def length(self) -> int:
@@ -77,7 +81,7 @@ def embed_prompts(
     found = []
     for number, case in enumerate(cases):
         progress(number, len(cases), case.id)
-        image = open_picture(case.image)
+        image = open_image(case.image)
         embedded = _embed(captioner, tokenizer, image, case, prompt, max_answer)
         if embedded.embeds.shape[1] != width:
             raise InputRefused(
@@ -111,20 +115,23 @@ def _embed(
             f"of caption and {limit} at most"
         )
     tokens = np.concatenate([inputs.input_ids, np.asarray(answer, np.int64)])
-    features = engine.features(inputs)
+    features = feature_rows(engine.features(inputs))
     places = np.zeros(length, np.bool_)
     places[:start] = image_places(preparer, inputs, len(features))
     outputs = engine.embed.run(["inputs_embeds"], {"input_ids": tokens[None]})
     embeds = np.array(outputs[0][0], np.float32)
     embeds[places] = features
-    return EmbeddedPrompt(embeds, places, tokens, slice(start, length))
+    positions = Positions(inputs).take(length)
+    return EmbeddedPrompt(embeds, places, tokens, slice(start, length), positions)
 
 
 def _answer_tokens(tokenizer: Tokenizer, prompt_ids: NDArray[np.int64], caption: str) -> list[int]:
     """Tokens of a caption as the chat template continues: after a space unless one stands there."""
     last = tokenizer.decode([int(prompt_ids[-1])], skip_special_tokens=False)
     text = " ".join(caption.split())
-    gap = "" if not last or last[-1].isspace() or not text else " "
+    # Llama's tokenizers put a space before every text themselves.
+    own = tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
+    gap = "" if own or not last or last[-1].isspace() or not text else " "
     return list(tokenizer.encode(gap + text, add_special_tokens=False).ids)
 
 

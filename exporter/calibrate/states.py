@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.core.artifact import sync_file
 from exporter.core.errors import EnvironmentLacks, InputRefused
 
 Array = NDArray[np.float32]
@@ -27,6 +28,10 @@ class States(Protocol):
 
     def spend(self, layer: int, prompt: int) -> None:
         """One array will not be read again in this run; memory is freed, files stay for a resume."""
+        ...
+
+    def settle(self, layer: int) -> None:
+        """Return when a layer's arrays would survive a power cut, where they are kept in files."""
         ...
 
     def drop(self, layer: int) -> None:
@@ -51,6 +56,9 @@ class MemoryStates:
     def spend(self, layer: int, prompt: int) -> None:
         """See `States`."""
         del self._arrays[layer, prompt]
+
+    def settle(self, layer: int) -> None:
+        """See `States`."""
 
     def drop(self, layer: int) -> None:
         """See `States`."""
@@ -91,6 +99,11 @@ class DiskStates:
 
     def spend(self, layer: int, prompt: int) -> None:
         """See `States`."""
+
+    def settle(self, layer: int) -> None:
+        """See `States`."""
+        for file in self._path(layer, 0).parent.iterdir():
+            sync_file(file)
 
     def drop(self, layer: int) -> None:
         """See `States`."""

@@ -8,7 +8,6 @@ the inputs that the quantized model will give them.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,9 +20,9 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.llama import (
     GROUPS,
+    Rotary,
     block_names,
     block_prefix,
-    rotary_tables,
     run_block,
     use_torch,
 )
@@ -31,6 +30,7 @@ from exporter.calibrate.prompts import EmbeddedPrompt
 from exporter.calibrate.states import DiskStates, MemoryStates, States
 from exporter.calibrate.statistics import Accumulator, sampled_rows, token_weights
 from exporter.core.activations import BlockVisitor, InputStatistics
+from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json, sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
@@ -56,8 +56,10 @@ def walk_decoder(  # noqa: PLR0913 (each is one decision of the caller)
     balance: bool = True,
     threads: int,
     progress: Progress = silent,
-) -> None:
+) -> int:
     """Show every block of the decoder to `visit`, with the statistics of its inputs.
+
+    Returns the block it began with: 0, or the one that a killed run had reached.
 
     Hidden states are in memory, or on disk: in a temporary folder inside `spill`, or in `keep`, from
     which a run that was killed goes on at the block it had reached (blocks before it are not
@@ -89,11 +91,13 @@ def walk_decoder(  # noqa: PLR0913 (each is one decision of the caller)
         for layer in range(first, spec.layers):
             walk.block(layer, visit)
             if keep:
+                states.settle(layer + 1)
                 _save_index(keep, fingerprint, layer + 1)
             states.drop(layer)
         states.drop(spec.layers)
         if keep:
             (keep / INDEX).unlink()
+    return first
 
 
 class _Walk:
@@ -112,7 +116,7 @@ class _Walk:
         self.progress = progress
         self.weights = token_weights(prompts, balance=balance)
         self.rows = sampled_rows(prompts)
-        self.tables = rotary_tables(spec, max(p.length for p in prompts))
+        self.rotary = Rotary(spec, [p.length for p in prompts], [p.positions for p in prompts])
 
     def block(self, layer: int, visit: BlockVisitor) -> None:
         """Both passes of one block and the visit between them."""
@@ -154,7 +158,7 @@ class _Walk:
 
             hidden = as_tensor(self.states.read(layer, number))
             with torch.inference_mode():
-                run_block(self.spec, weights, hidden, self.tables, observe)
+                run_block(self.spec, weights, hidden, self.rotary.tables(number), observe)
         prefix = block_prefix(self.spec, layer)
         found: dict[str, InputStatistics] = {}
         for group in GROUPS:
@@ -170,7 +174,7 @@ class _Walk:
             self._tell(layer, 1, number)
             hidden = as_tensor(self.states.read(layer, number))
             with torch.inference_mode():
-                after = run_block(self.spec, weights, hidden, self.tables)
+                after = run_block(self.spec, weights, hidden, self.rotary.tables(number))
             self.states.write(layer + 1, number, after.numpy())
             self.states.spend(layer, number)
 
@@ -240,8 +244,9 @@ def _fingerprint(
             tensors.update(checkpoint.raw(name).tobytes())
     inputs = hashlib.sha256()
     for prompt in prompts:
-        for array in (prompt.embeds, prompt.image_positions, prompt.tokens):
-            inputs.update(np.ascontiguousarray(array).data)
+        for array in (prompt.embeds, prompt.image_positions, prompt.tokens, prompt.positions):
+            if array is not None:
+                inputs.update(np.ascontiguousarray(array).data)
     identity = _Identity(spec, tensors.hexdigest(), inputs.hexdigest(), balance)
     return sha256_json(asdict(identity))
 
@@ -260,6 +265,4 @@ def _reached(keep: Path, fingerprint: str) -> int:
 
 
 def _save_index(keep: Path, fingerprint: str, layer: int) -> None:
-    partial = keep / (INDEX + ".partial")
-    partial.write_bytes(canonical_json({"fingerprint": fingerprint, "next": layer}))
-    os.replace(partial, keep / INDEX)
+    write_atomic(keep / INDEX, canonical_json({"fingerprint": fingerprint, "next": layer}))

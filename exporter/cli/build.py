@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli.console import Console, print_json, print_table
+
+if TYPE_CHECKING:
+    from exporter.pipeline.outlook import Outlook
 
 
 def model_options(command: Any) -> Any:
@@ -38,9 +41,23 @@ def model_options(command: Any) -> Any:
     return command
 
 
+ONE_SCHEME = "give exactly one of --int4, --int8 and --scheme NAME"
+# The form of 4-bit blocks: options of build, plan and quantize.
+GROUP_SIZE = click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Values that share one scale in 4-bit parts; default: the scheme's own.",
+)
+SYMMETRIC = click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="4-bit blocks without or with zero points; default: the scheme's own.",
+)
+
+
 def scheme_options(command: Any) -> Any:
     """Options that say how to quantize and for which target."""
-    for option in (
+    options: tuple[Any, ...] = (
         click.option(
             "--target",
             default="auto",
@@ -48,20 +65,48 @@ def scheme_options(command: Any) -> Any:
             metavar="NAME",
             help="See `medexport targets`.",
         ),
+        click.option(
+            "--max-kl",
+            type=float,
+            metavar="NATS",
+            help="--scheme mixed: as small as this mean KL per token allows.",
+        ),
+        click.option(
+            "--max-size",
+            metavar="SIZE",
+            help="--scheme mixed: bytes of weights (300MB) or share of float16 (0.3); "
+            "default: those of uniform int4.",
+        ),
+        SYMMETRIC,
+        GROUP_SIZE,
         click.option("--scheme", metavar="NAME", help="See `medexport schemes`."),
         click.option("--int8", is_flag=True, help="Same as --scheme int8."),
         click.option("--int4", is_flag=True, help="The profile's best 4-bit scheme."),
-    ):
+    )
+    for option in options:
         command = option(command)
     return command
 
 
-def chosen_scheme(int4: bool, int8: bool, scheme: str | None) -> str:
-    """The one scheme asked for; raises UsageError on none or several."""
+def take_scheme(options: dict[str, Any]) -> str | None:
+    """Take what says which scheme out of a command's options; None when nothing was given.
+
+    The form of 4-bit blocks becomes part of the name. Raises UsageError on several schemes, and on a
+    form without a scheme.
+    """
+    int4, int8, scheme = (options.pop(key) for key in ("int4", "int8", "scheme"))
+    form = {key: options.pop(key) for key in ("group_size", "symmetric")}
     asked = [s for s in ("int4" if int4 else "", "int8" if int8 else "", scheme or "") if s]
-    if len(asked) != 1:
-        raise click.UsageError("give exactly one of --int4, --int8 and --scheme NAME")
-    return asked[0]
+    if len(asked) > 1 or (not asked and any(value is not None for value in form.values())):
+        raise click.UsageError(ONE_SCHEME)
+    return with_blocks(asked[0], **form) if asked else None
+
+
+def with_blocks(scheme: str, group_size: str | None, symmetric: bool | None) -> str:
+    """`scheme` with what --group-size and --symmetric ask for."""
+    from exporter.quantizers.schemes import variant_name
+
+    return variant_name(scheme, int(group_size) if group_size else None, symmetric)
 
 
 @click.command()
@@ -87,7 +132,20 @@ def chosen_scheme(int4: bool, int8: bool, scheme: str | None) -> str:
     metavar="SET",
     help="Calibration set of schemes that need one; default: the profile's.",
 )
-@click.option("--calibration-samples", type=click.IntRange(min=0), default=128, show_default=True)
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(min=0),
+    default=128,
+    show_default=True,
+    help="Images drawn from it; 0: all.",
+)
+@click.option(
+    "--calibration-seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Which images are drawn; recorded in the manifest.",
+)
 @click.option("--prompt", help="Instruction given with each image; default: the evaluation set's.")
 @click.option(
     "--out",
@@ -125,9 +183,7 @@ def chosen_scheme(int4: bool, int8: bool, scheme: str | None) -> str:
     "--threads", type=click.IntRange(min=1), help="Default: the cores this process may use."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def build(
-    model: str, form: str, int4: bool, int8: bool, scheme: str | None, as_json: bool, **options: Any
-) -> None:
+def build(model: str, form: str, as_json: bool, **options: Any) -> None:
     """Merge, quantize, export, verify, compare and package a model.
 
     The bundle is written whatever the comparison says; the exit code is the gate's verdict.
@@ -142,7 +198,9 @@ def build(
             "--format tensorrt is not available in this version; build --format onnx, "
             "which onnxruntime runs on the CPU"
         )
-    name = chosen_scheme(int4, int8, scheme)
+    name = take_scheme(options)
+    if name is None:
+        raise click.UsageError(ONE_SCHEME)
     out = options.pop("out") or Path(f"{Path(model).name}-{name}")
     request = BuildRequest(model=model, scheme=name, out=out, **options)
     result = build_bundle(request, Console())
@@ -156,17 +214,52 @@ def build(
 @click.command()
 @model_options
 @scheme_options
+@click.option("--context", type=click.IntRange(min=1), help="Positions of the key-value cache.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Texts at a time."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def plan(int4: bool, int8: bool, scheme: str | None, as_json: bool, **options: Any) -> None:
-    """Say what build would do: layers, bits, bytes. Nothing is converted."""
-    from exporter.pipeline.plan import make_plan
+def plan(context: int | None, batch: int, as_json: bool, **options: Any) -> None:
+    """Predict fit and speed of each scheme on a target and, with a scheme and weights at hand, say
+    what build would do with every tensor. Nothing is downloaded or converted.
+    """
+    from exporter.pipeline.outlook import make_outlook
+    from exporter.pipeline.resolve import weights_at_hand
 
-    report = make_plan(scheme=chosen_scheme(int4, int8, scheme), **options)
+    asked = take_scheme(options)
+    model, weights = options["model"], options["weights"]
+    outlook = make_outlook(
+        model, weights, asked, options["target"], context=context, batch=batch
+    )
+    report = None
+    if asked and weights_at_hand(model, weights):
+        from exporter.pipeline.plan import make_plan
+
+        report = make_plan(scheme=asked, **options)
+    if report is None and (options["max_size"] or options["max_kl"]):
+        raise click.UsageError("--max-size and --max-kl need --scheme mixed and --weights DIR")
     if as_json:
-        print_json(report.to_json())
+        print_json((report.to_json() if report else {}) | {"fit": outlook.to_json()})
         return
-    print_table(("stored as", "matrices", "MB"), report.rows())
-    click.echo(report.to_text())
+    _show_outlook(outlook)
+    if report:
+        print_table(("stored as", "matrices", "MB"), report.rows())
+        click.echo(report.to_text())
+
+
+def _show_outlook(outlook: Outlook) -> None:
+    from exporter.pipeline.outlook import HEADER
+
+    click.echo(outlook.headline())
+    for part in outlook.targets:
+        click.echo()
+        print_table(HEADER, part.rows())
+        for line in part.to_lines():
+            click.echo(line)
+    click.echo(outlook.assumptions() + "\n")
+    if items := outlook.items():
+        print_table((f"memory of {outlook.asked}", "", ""), items)
+        click.echo()
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""What the deployed side does with a bundle: verify it and run it. No torch."""
+"""What the deployed side does with a bundle: verify it, run it, read its report. No torch."""
 
 from __future__ import annotations
 
@@ -98,6 +98,23 @@ def run(
 
 
 @click.command()
+@BUNDLE
+@click.option("--open", "show", is_flag=True, help="Show it in this machine's browser.")
+def report(bundle: Path, show: bool) -> None:
+    """Say where BUNDLE's report is (one HTML file, no network), and show it."""
+    import webbrowser
+
+    from exporter.core.errors import EnvironmentLacks, InputRefused
+
+    path = bundle / "reports" / "report.html"
+    if not path.is_file():
+        raise InputRefused(f"{path}: no report; expected a bundle that was built with a comparison")
+    click.echo(path)
+    if show and not webbrowser.open(path.resolve().as_uri()):
+        raise EnvironmentLacks(f"no browser was found here; open {path} on another machine")
+
+
+@click.command()
 @click.argument("stem", type=click.Path(path_type=Path))
 def keygen(stem: Path) -> None:
     """Make a signing key pair: STEM.pem stays with the maker, STEM.pub.pem goes to the sites."""
@@ -107,4 +124,4 @@ def keygen(stem: Path) -> None:
     click.echo(f"private key {private} (keep it offline), public key {public}")
 
 
-COMMANDS = (verify, run, keygen)
+COMMANDS = (verify, run, report, keygen)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
+from exporter.cli.build import GROUP_SIZE, SYMMETRIC, with_blocks
 from exporter.cli.console import Console, print_json
 
 FOLDER = click.Path(path_type=Path)
@@ -71,18 +74,40 @@ def merge(checkpoint: Path, adapters: tuple[Path, ...], prove: bool, out: Path) 
 @click.command()
 @click.argument("source", type=FOLDER)
 @click.option("--scheme", required=True, metavar="NAME", help="See `medexport schemes`.")
+@GROUP_SIZE
+@SYMMETRIC
+@click.option(
+    "--calibration",
+    default="phantoms-calib",
+    show_default=True,
+    metavar="SET",
+    help="Images for schemes that need them.",
+)
+@click.option("--calibration-samples", type=click.IntRange(min=0), default=128, show_default=True)
+@click.option("--calibration-seed", type=int, default=0, show_default=True)
+@click.option("--prompt", help="Default: the calibration set's.")
+@click.option("--max-size", metavar="SIZE", help="--scheme mixed: bytes (300MB) or share (0.3).")
+@click.option("--max-kl", type=float, metavar="NATS", help="--scheme mixed: KL per token.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the usable cores.")
 @out_option
-def quantize(source: Path, scheme: str, threads: int | None, out: Path) -> None:
+def quantize(
+    source: Path,
+    out: Path,
+    threads: int | None,
+    scheme: str,
+    group_size: str | None,
+    symmetric: bool | None,
+    **options: Any,
+) -> None:
     """Quantize the merged model folder SOURCE."""
-    from exporter.quantizers.run import quantize_model
-    from exporter.quantizers.schemes import find_scheme
+    from exporter.pipeline.quantize import QuantizeOptions, quantize_folder
     from exporter.runtimes.threads import usable_cores
 
-    chosen, cores = find_scheme(scheme), threads or usable_cores()
+    name = with_blocks(scheme, group_size, symmetric)
+    given = QuantizeOptions(scheme=name, threads=threads or usable_cores(), **options)
 
     def make(folder: Path, console: Console) -> None:
-        quantize_model(source, folder, chosen, threads=cores, progress=console.advance)
+        quantize_folder(source, folder, given, progress=console.advance)
 
     in_folder("quantize", out, make)
 
@@ -91,8 +116,17 @@ def quantize(source: Path, scheme: str, threads: int | None, out: Path) -> None:
 @click.argument("source", type=FOLDER)
 @click.option("--float32", is_flag=True, help="Store float weights in 32 bits, for parity.")
 @click.option("--target", default="auto", show_default=True, metavar="NAME")
+@click.option(
+    "--dialect",
+    type=click.Choice(("ort", "standard")),
+    default="ort",
+    show_default=True,
+    help="standard: ai.onnx operators alone, for TensorRT's parser; symmetric blocks only.",
+)
 @out_option
-def export(source: Path, float32: bool, target: str, out: Path) -> None:
+def export(
+    source: Path, float32: bool, target: str, dialect: Literal["ort", "standard"], out: Path
+) -> None:
     """Write the ONNX graphs of a merged or quantized folder SOURCE."""
     from exporter.pipeline.stages import export_folder
     from exporter.pipeline.targets import choose_target
@@ -101,7 +135,12 @@ def export(source: Path, float32: bool, target: str, out: Path) -> None:
 
     def make(folder: Path, console: Console) -> None:
         export_folder(
-            source, folder, accuracy_level=level, float32=float32, progress=console.advance
+            source,
+            folder,
+            accuracy_level=level,
+            float32=float32,
+            dialect=dialect,
+            progress=console.advance,
         )
 
     in_folder("export", out, make)
@@ -128,7 +167,8 @@ def parity(
     **options: Any,
 ) -> None:
     """Compare each graph with torch: features, logits, greedy tokens."""
-    from exporter.pipeline.stages import check_graphs_against_torch, open_evaluation
+    from exporter.pipeline.evaluation import open_evaluation
+    from exporter.pipeline.stages import check_graphs_against_torch
 
     pairs = {name: (quantized, exported) for name, quantized, exported in candidates}
     cases = open_evaluation(evaluation, **options)
@@ -140,41 +180,32 @@ def parity(
 
 
 @click.command()
-@click.option("--reference", type=FOLDER, required=True, metavar="DIR", help="As a rule fp16.")
-@click.option(
-    "--candidate",
-    "candidates",
-    type=(str, FOLDER),
-    multiple=True,
-    required=True,
-    metavar="NAME EXPORTED",
-)
+@click.argument("models", nargs=-1, required=True, metavar="REFERENCE MODEL...")
+@click.option("--eval", "evaluation", default="phantoms-eval", show_default=True, metavar="SET")
+@click.option("--limit", type=click.IntRange(min=0), default=0, help="N cases; 0: all.")
+@click.option("--prompt", help="Default: that of the first bundle, else the evaluation set's.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the first bundle's.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: the usable cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@evaluation_options
-@out_option
-def compare(
-    reference: Path,
-    candidates: tuple[tuple[str, Path], ...],
-    out: Path,
-    as_json: bool,
-    evaluation: str,
-    **options: Any,
-) -> None:
-    """Compare exported models with a reference: quality, latency, memory, bytes."""
+@click.option("--out", type=FOLDER, metavar="DIR", help="Keep the reports here. Must not exist.")
+def compare(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
+    """Compare models with a REFERENCE: quality, latency, memory, bytes.
+
+    Each is a bundle, an exported folder, or (not the first) predictions: a .jsonl file, or a folder
+    with predictions.jsonl, of lines with id and caption. NAME=PATH names it in the tables.
+    """
     import msgspec
 
     from exporter.compare.table import comparison_table
-    from exporter.pipeline.stages import compare_exported, open_evaluation
-
-    cases = open_evaluation(evaluation, **options)
+    from exporter.pipeline.compared import compare_any
 
     def make(folder: Path, console: Console) -> Any:
-        rows = dict(candidates)
-        return compare_exported(
-            reference, rows, folder, cases, lineage={}, progress=console.advance
-        )
+        return compare_any(models, folder, progress=console.advance, **options)
 
-    comparison = in_folder("compare", out, make)
+    with ExitStack() as stack:
+        if out is None:
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="medexport-compare-"))
+        comparison = in_folder("compare", out or Path(place) / "compare", make)
     if as_json:
         print_json(msgspec.to_builtins(comparison))
     else:

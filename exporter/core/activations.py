@@ -6,7 +6,7 @@ is one. Neither imports the other: this file is all that they share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,14 @@ class BlockVisitor(Protocol):
 class FloatModel(Protocol):
     """Evaluates the whole model with some weights replaced, for sensitivity measurements."""
 
-    def kl(self, replaced: Mapping[str, NDArray[np.float32]]) -> float:
-        """Mean KL(reference || replaced) in nats per caption token on the calibration prompts."""
+    def kl(
+        self,
+        replaced: Mapping[str, NDArray[np.float32]],
+        features: Sequence[NDArray[np.float32]] | None = None,
+    ) -> float:
+        """Mean KL(reference || replaced) in nats per caption token on the calibration prompts.
+
+        `features`: by prompt the image features ``[image positions, H]``, when they are not the
+        reference's own.
+        """
         ...

@@ -50,16 +50,29 @@ def write_atomic(path: Path, data: bytes) -> None:
     work = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with work.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
+        work.write_bytes(data)
+        publish(work, path)
     except OSError as error:
         work.unlink(missing_ok=True)
         if explained := _explained(error, path):
             raise explained from error
         raise
+
+
+def publish(work: Path, final: Path) -> None:
+    """Rename the finished file `work` to `final` once its content is on disk."""
+    sync_file(work)
+    os.replace(work, final)
+
+
+def sync_file(path: Path) -> None:
+    """Return when the content of a file is on disk."""
+    # Without this a power cut after a rename can leave complete-looking files that are empty.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -94,11 +107,6 @@ def _explained(error: OSError, path: Path) -> EnvironmentLacks | None:
 
 
 def _sync(folder: Path) -> None:
-    # Without this a power cut after the rename can leave a complete-looking folder of empty files.
     for file in folder.rglob("*"):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(file)

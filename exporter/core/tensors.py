@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -139,6 +140,25 @@ class Checkpoint:
                 f"{weight_map.get(wrong)}, shards: {places.get(wrong)}); download them again"
             )
         return opened
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same tensors under the names that `rename` gives them.
+
+        Raises `InputRefused` when two would have the same name.
+        """
+        found = Checkpoint(())
+        found.metadata = self.metadata
+        before: dict[str, str] = {}
+        for name, info in self.tensors.items():
+            new = rename(name)
+            other = before.setdefault(new, name)
+            if other != name:
+                raise InputRefused(
+                    f"{info.file.parent}: {shown(name)} and {shown(other)} are the same tensor in two "
+                    "layouts; expected each once"
+                )
+            found.tensors[new] = replace(info, name=new)
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+
+from exporter.families.decoder import TextDecoder, example_texts
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,10 @@ NORM = "normalisation weights: few bytes, large effect"
 BIAS = "bias: few bytes, added at full precision"
 POSITIONS = "position embedding: added, not multiplied"
 PATCHES = "patch convolution: first layer, few bytes"
+# Buffers that older transformers saved although they follow from the config.
+BUFFERS = re.compile(
+    r"\.(rotary_emb\.inv_freq|embeddings\.position_ids|(attn|crossattention)\.(masked_)?bias)$"
+)
 
 # "decoder" and "vision" are linear layers, of which the scheme decides by the part they are in.
 Role = Literal["embedding", "head", "decoder", "vision", "float"]
@@ -29,7 +36,10 @@ Feed = Mapping[str, NDArray[Any]]
 class TensorSpec:
     """A tensor of the architecture by its name in the checkpoint; `reason` why role "float" is float.
 
-    `inputs`: calibration sees what a linear layer is multiplied with.
+    `inputs`: calibration sees what a linear layer is multiplied with. `used`: whether a graph takes
+    it; one that is not used has role "float", and its reason says why. `turned`: a linear layer that
+    the checkpoint stores as ``[inputs, outputs]`` (GPT-2's Conv1D), which `shape` then is too; packed
+    matrices are ``[outputs, inputs]`` for all layers.
     """
 
     name: str
@@ -37,12 +47,51 @@ class TensorSpec:
     role: Role = "float"
     reason: str = ""
     inputs: bool = False
+    used: bool = True
+    turned: bool = False
 
 
 def norm_tensors(name: str, size: int) -> Iterator[TensorSpec]:
     """Weight and bias of a layer norm called `name`."""
     yield TensorSpec(name + ".weight", (size,), reason=NORM)
     yield TensorSpec(name + ".bias", (size,), reason=BIAS)
+
+
+@dataclass(frozen=True)
+class VitNames:
+    """What a vision transformer calls its parts: SigLIP's and CLIP's names unless given.
+
+    `fused`: one matrix of all queries, all keys, all values, where they are no three; `flat`: the
+    patch kernel is stored as a matrix.
+    """
+
+    patch: str = "embeddings.patch_embedding"
+    blocks: str = "encoder.layers."
+    attention: str = "self_attn."
+    out: str = "out_proj"
+    first_norm: str = "layer_norm1"
+    second_norm: str = "layer_norm2"
+    fused: str = ""
+    flat: bool = False
+
+
+SIGLIP_NAMES = VitNames()
+
+
+def block_tensors(
+    layer: str, hidden: int, inner: int, names: VitNames = SIGLIP_NAMES
+) -> Iterator[TensorSpec]:
+    """Every tensor of a vision transformer's block called `layer` (with its dot)."""
+    shapes = {f"{names.attention}{n}_proj": (hidden, hidden) for n in "qkv"} | {
+        f"{names.attention}{names.out}": (hidden, hidden),
+        "mlp.fc1": (inner, hidden),
+        "mlp.fc2": (hidden, inner),
+    }
+    for name, shape in shapes.items():
+        yield TensorSpec(f"{layer}{name}.weight", shape, "vision")
+        yield TensorSpec(f"{layer}{name}.bias", shape[:1], reason=BIAS)
+    yield from norm_tensors(layer + names.first_norm, hidden)
+    yield from norm_tensors(layer + names.second_norm, hidden)
 
 
 class VisionSpec(Protocol):
@@ -68,6 +117,9 @@ class DecoderSpec:
 
     `prefix` is put before ``layers.{i}.self_attn.q_proj.weight`` and its siblings, `embedding`,
     `final_norm` and `head` are whole tensor names. `tied` says that the head is the embedding.
+    `qkv_bias`: queries, keys and values have a bias. `mrope`: how many of a head's ``head_dim / 2``
+    frequencies turn with the position on each axis in turn, where a position has several (M-RoPE,
+    Qwen2-VL, arXiv 2409.12191); empty where a position is the place in the text.
     """
 
     hidden_size: int
@@ -85,6 +137,8 @@ class DecoderSpec:
     final_norm: str
     head: str
     tied: bool
+    qkv_bias: bool = False
+    mrope: tuple[int, ...] = ()
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix of a block by its name within the block, in the order of use."""
@@ -109,6 +163,8 @@ class DecoderSpec:
             yield TensorSpec(layer + "input_layernorm.weight", hidden, reason=NORM)
             for name, shape in self.matrix_shapes().items():
                 yield TensorSpec(f"{layer}{name}.weight", shape, "decoder", inputs=True)
+                if self.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+                    yield TensorSpec(f"{layer}{name}.bias", shape[:1], reason=BIAS)
             yield TensorSpec(layer + "post_attention_layernorm.weight", hidden, reason=NORM)
         yield TensorSpec(self.final_norm, hidden, reason=NORM)
         if not self.tied:
@@ -116,27 +172,19 @@ class DecoderSpec:
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random inputs of the graph: a prompt, and one token behind three in a batch of two."""
-        for batch, length, past, keep in ((1, 5, 0, 1), (2, 1, 3, 0)):
-            feed: dict[str, NDArray[Any]] = {
-                "inputs_embeds": rng.standard_normal((batch, length, self.hidden_size), np.float32),
-                "attention_mask": np.ones((batch, past + length), np.int64),
-                "num_logits_to_keep": np.array(keep, np.int64),
-            }
-            shape = (batch, self.kv_heads, past, self.head_dim)
-            for layer in range(self.layers):
-                for part in ("key", "value"):
-                    name = f"past_key_values.{layer}.{part}"
-                    feed[name] = rng.standard_normal(shape, np.float32)
+        for batch, length, past, feed in example_texts(self, rng):
+            if self.mrope:
+                shape = (len(self.mrope), batch, length)
+                feed["position_ids"] = rng.integers(0, 9, shape) + past
             yield feed
 
 
 @dataclass(frozen=True)
-class TowerSpec:
-    """A pre-norm vision transformer (SigLIP kind) with pixel shuffle and one projection.
+class VitSpec:
+    """Sizes of a pre-norm vision transformer on square tiles of `image_size` pixels.
 
-    An image tile is square, `image_size` pixels; it gives ``(image_size / patch_size / shuffle)**2``
-    rows of the decoder's hidden size. `prefix` is put before ``embeddings...``, ``encoder.layers.{i}...``;
-    `projection` is a whole tensor name.
+    `prefix` is put before ``embeddings...`` and ``encoder.layers.{i}...`` in the tensors' names.
+    `names`: what its parts are called where it is of another kind.
     """
 
     hidden_size: int
@@ -147,15 +195,26 @@ class TowerSpec:
     image_size: int
     norm_eps: float
     activation: str
-    shuffle: int
-    output_size: int
     prefix: str
-    projection: str
+    names: VitNames = field(default=SIGLIP_NAMES, kw_only=True)
 
     @property
     def patches(self) -> int:
         """Patches along one side of a tile."""
         return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TowerSpec(VitSpec):
+    """A vision transformer of the SigLIP kind with pixel shuffle and one projection.
+
+    A tile gives ``(image_size / patch_size / shuffle)**2`` rows of the decoder's hidden size.
+    `projection` is a whole tensor name.
+    """
+
+    shuffle: int
+    output_size: int
+    projection: str
 
     @property
     def tokens(self) -> int:
@@ -164,12 +223,7 @@ class TowerSpec:
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of tower and projection."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        shapes = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkv"} | {
-            "self_attn.out_proj": (hidden, hidden),
-            "mlp.fc1": (inner, hidden),
-            "mlp.fc2": (hidden, inner),
-        }
+        hidden = self.hidden_size
         patch = f"{self.prefix}embeddings.patch_embedding."
         side = self.patch_size
         yield TensorSpec(patch + "weight", (hidden, 3, side, side), reason=PATCHES)
@@ -178,11 +232,7 @@ class TowerSpec:
         yield TensorSpec(positions, (self.patches**2, hidden), reason=POSITIONS)
         for i in range(self.layers):
             layer = f"{self.prefix}encoder.layers.{i}."
-            for name, shape in shapes.items():
-                yield TensorSpec(f"{layer}{name}.weight", shape, "vision")
-                yield TensorSpec(f"{layer}{name}.bias", shape[:1], reason=BIAS)
-            yield from norm_tensors(layer + "layer_norm1", hidden)
-            yield from norm_tensors(layer + "layer_norm2", hidden)
+            yield from block_tensors(layer, hidden, self.intermediate_size)
         yield from norm_tensors(self.prefix + "post_layernorm", hidden)
         yield TensorSpec(self.projection, (self.output_size, hidden * self.shuffle**2), "vision")
 
@@ -199,24 +249,33 @@ class PromptInputs:
 
     input_ids: int64 ``[length]`` with one image token per feature row; vision: the inputs of the
     vision graph for each of its runs, whose feature rows one after the other belong to the image
-    tokens; positions: int64 ``[axes, length]`` where a position is more than a place in the text.
+    tokens; positions: int64 ``[axes, length]`` where a position is more than a place in the text;
+    sizes: (height, width) of each image as it came, where the torch model asks for it; image_mask:
+    int64 ``[length, images]``, 1 where a token sees an image, where the decoder asks for it (the
+    answer sees what the prompt's last token sees); prefix_length: so many of the first positions see
+    one another.
     """
 
     input_ids: NDArray[np.int64]
     vision: tuple[Feed, ...]
     positions: NDArray[np.int64] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    image_mask: NDArray[np.int64] | None = None
+    prefix_length: int = 0
 
     @property
     def pixel_values(self) -> NDArray[np.float32]:
-        """The pixels of all runs along their first axis but one: float32 ``[tiles, ...]``."""
-        return np.concatenate([feed["pixel_values"][0] for feed in self.vision])
+        """The pixels of all runs: float32 ``[tiles, ...]``, or ``[patches, values]`` of patches."""
+        runs = (feed["pixel_values"] for feed in self.vision)
+        return np.concatenate([run if run.ndim == 2 else run[0] for run in runs])
 
 
 @dataclass(frozen=True)
 class ReaderFiles:
     """What other readers look for in the small files: classes of the processor and extra settings.
 
-    `genai`: whether onnxruntime-genai can run the graphs as a chain.
+    `processor_class` is empty where there is no joint processor of image and text; `genai`: whether
+    onnxruntime-genai can run the graphs as a chain.
     """
 
     processor_class: str
@@ -236,8 +295,14 @@ class GenerationSettings:
 class Preparer(Protocol):
     """Turns images and a prompt into inputs, and tokens into text, with one model's own files."""
 
-    image_token_id: int
     generation: GenerationSettings
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token in whose place a feature row goes; None where the decoder sees the image by
+        cross-attention.
+        """
+        ...
 
     def prepare(self, images: Sequence[Image], prompt: str) -> PromptInputs:
         """Split, resize and normalise `images` (RGB or gray) and render the chat template."""
@@ -249,13 +314,16 @@ class Preparer(Protocol):
 
 
 class Family(Protocol):
-    """The module-level names of a family's file. The torch functions are for the build side only."""
+    """The module-level names of a family's file. The torch functions are for the build side only.
+
+    A family without use for an instruction has an empty ``DEFAULT_PROMPT`` too.
+    """
 
     MODEL_TYPES: tuple[str, ...]
     # Class of transformers by model_type.
     TORCH_CLASSES: Mapping[str, str]
 
-    def decoder_spec(self, config: Mapping[str, Any]) -> DecoderSpec:
+    def decoder_spec(self, config: Mapping[str, Any]) -> TextDecoder:
         """Spec of the decoder from a parsed config.json. Raises `InputRefused` on a bad config."""
         ...
 
@@ -293,4 +361,15 @@ class Family(Protocol):
         """Last hidden states ``[length, hidden]`` of embeddings ``[length, hidden]`` behind `cache`
         (None: nothing), and the new cache; `positions` int64 ``[axes, length]``.
         """
+        ...
+
+
+class CrossFamily(Family, Protocol):
+    """A family whose decoder sees the image by cross-attention.
+
+    What its `torch_features` gives is what its `torch_start` takes.
+    """
+
+    def torch_start(self, model: Any, features: torch.Tensor, inputs: PromptInputs) -> Any:
+        """The cache of an empty text behind the features of a prompt's images, for `torch_append`."""
         ...

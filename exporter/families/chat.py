@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import TemplateError, Undefined, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from exporter.core.errors import InputRefused
@@ -24,7 +26,7 @@ MAX_WORK = 8 << 20
 MAX_LINES = 100_000
 FILTERS = (
     *("capitalize", "default", "d", "first", "int", "last"),
-    *("length", "count", "lower", "trim", "upper", "title"),
+    *("length", "count", "lower", "trim", "upper", "title", "selectattr"),
 )
 STRING_METHODS = frozenset(
     {"capitalize", "endswith", "lower", "lstrip", "rstrip", "split", "startswith", "strip"}
@@ -109,6 +111,16 @@ class _Generator(CodeGenerator):
         self.write("))")
 
 
+class _Generation(Extension):
+    """Reads ``{% generation %}``, which marks the assistant's text for training, as its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     intercepted_binops = frozenset({"+", "-", "*", "%", "**", "//", "/"})
@@ -118,7 +130,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             finalize=self.printable,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self.filters = {name: self.filters[name] for name in FILTERS}
         # No clock: the same prompt must give the same tokens every day.

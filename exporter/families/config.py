@@ -28,6 +28,20 @@ def count(section: Mapping[str, Any], key: str, default: int, where: str) -> int
     return value
 
 
+def tied_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where a config.json says ``tie_word_embeddings``: the whole, or an encoder-decoder's decoder part,
+    whose class ties them (what its top level says is of encoder and decoder).
+    """
+    decoder = config.get("decoder")
+    return decoder if isinstance(decoder, Mapping) else config
+
+
+def with_tied(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """The same config.json with another ``tie_word_embeddings``."""
+    section = {**tied_section(config), "tie_word_embeddings": tied}
+    return section if tied_section(config) is config else {**config, "decoder": section}
+
+
 def positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
     """A positive, finite number; absent and null give `default`. Raises `InputRefused`."""
     value = default if section.get(key) is None else section[key]
@@ -42,6 +56,12 @@ def flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
     if type(value) is not bool:
         raise InputRefused(f"config.json: {key} is {value!r}; expected true or false")
     return value
+
+
+def image_token(config: Mapping[str, Any]) -> int | None:
+    """The id of the image token, under either of its names; None when config.json has none."""
+    found = config.get("image_token_id", config.get("image_token_index"))
+    return found if type(found) is int else None
 
 
 def choice(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.base import DecoderSpec, PromptInputs, ReaderFiles, TowerSpec
-from exporter.families.config import choice, count, flag, positive, section
+from exporter.families.config import choice, count, flag, image_token, positive, section
 from exporter.families.llama import DecoderNames, llama_spec
 from exporter.families.prompts import Idefics3Preparer, read_preparer
 
@@ -37,6 +37,8 @@ DECODER = DecoderNames(
     final_norm="model.text_model.norm.weight",
     head="lm_head.weight",
 )
+# Of Idefics3Config.
+IMAGE_TOKEN = 128257
 PROOF_TILES = 2
 
 
@@ -99,7 +101,8 @@ def proof_inputs(
     tower = tower_spec(config)
     shape = (1, PROOF_TILES, 3, tower.image_size, tower.image_size)
     pixels = rng.uniform(-1, 1, shape).astype(np.float32)
-    image = np.full(PROOF_TILES * tower.tokens, config["image_token_id"])
+    token = image_token(config)
+    image = np.full(PROOF_TILES * tower.tokens, IMAGE_TOKEN if token is None else token)
     ids = np.concatenate([ids[:4], image, ids[4:]])
     return {"input_ids": ids[None], "pixel_values": pixels}, PROOF_TILES
 

@@ -1,17 +1,41 @@
-"""The Llama decoder that many families share, read from the text part of a config.json."""
+"""The Llama decoder that many families share, and Mistral's, read from the text part of a config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import DecoderSpec
 from exporter.families.config import choice, count, positive, rope_theta
+from exporter.families.decoder import TextDecoder
 
 # Switches that change the network and that no known checkpoint of these families sets.
 UNSUPPORTED = ("attention_bias", "mlp_bias", "qk_layer_norms", "rope_interleaved", "use_resampler")
+
+# Where MistralConfig's defaults are other than LlamaConfig's.
+MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+
+
+# What to do instead, for `require_llama`.
+NO_CALIBRATION = "use int4-hqq or int4-rtn"
+NO_FORMAT = "use the exported graphs, this format is not written or read for it"
+
+
+def require_llama(decoder: TextDecoder, what: str, *, instead: str = NO_CALIBRATION) -> DecoderSpec:
+    """The decoder as the Llama kind. Raises `InputRefused` when it is another; `what` needs it."""
+    if not isinstance(decoder, DecoderSpec):
+        raise InputRefused(
+            f"{what} works with Llama decoders alone, this model's is a {type(decoder).__name__}; "
+            f"{instead}"
+        )
+    return decoder
 
 
 @dataclass(frozen=True)
@@ -58,3 +82,17 @@ def llama_spec(
         head=names.head,
         tied=tied,
     )
+
+
+def mistral_spec(text: Mapping[str, Any], names: DecoderNames, *, tied: bool) -> DecoderSpec:
+    """The decoder of the text part `text`, with MistralConfig's defaults. Raises `InputRefused`.
+
+    Within a sliding window (arXiv 2310.06825) attention is full and causal, so that a model with one
+    is a Llama whose context ends with the window; longer texts are not offered.
+    """
+    filled = {**MISTRAL, **text}
+    spec = llama_spec(filled, names, tied=tied)
+    if filled["sliding_window"] is None:
+        return spec
+    window = count(filled, "sliding_window", 4096, "text_config")
+    return replace(spec, max_positions=min(spec.max_positions, window))

@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from exporter.core.errors import InputRefused
-from exporter.families import idefics3
+from exporter.families import idefics, idefics3, llava, moondream, qwen_vl, vision_encoder_decoder
 from exporter.families.base import Family
 
-FAMILIES: dict[str, Family] = {"idefics3": cast(Family, idefics3)}
+FAMILIES: dict[str, Family] = {
+    "idefics": cast(Family, idefics),
+    "idefics3": cast(Family, idefics3),
+    "llava": cast(Family, llava),
+    "moondream": cast(Family, moondream),
+    "qwen_vl": cast(Family, qwen_vl),
+    "vision_encoder_decoder": cast(Family, vision_encoder_decoder),
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -33,8 +33,31 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def read_image_settings(folder: Path) -> tuple[dict[str, Any], str]:
+    """The image processor's settings and the path they stand in. Raises `InputRefused`."""
+    processor = read_optional(folder / "processor_config.json")
+    # transformers 5 saves them inside processor_config.json alone.
+    nested = processor.get("image_processor")
+    where = folder / ("processor_config.json" if nested else "preprocessor_config.json")
+    return (nested if isinstance(nested, dict) else read_json(where)), str(where)
+
+
 def read_template(folder: Path) -> tuple[str, str]:
-    """Source and place of the chat template: the newest place first, as transformers looks."""
+    """Source and place of the chat template: the newest place first, as transformers looks.
+
+    Raises `InputRefused` when there is none.
+    """
+    found = find_template(folder)
+    if found is None:
+        raise InputRefused(
+            f"{folder}: no chat template; expected chat_template.jinja, chat_template.json or one in "
+            "tokenizer_config.json"
+        )
+    return found
+
+
+def find_template(folder: Path) -> tuple[str, str] | None:
+    """As `read_template`; None when there is none."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
         with plain.open("rb") as file:
@@ -43,10 +66,7 @@ def read_template(folder: Path) -> tuple[str, str]:
         source = _default(read_optional(folder / name).get("chat_template"))
         if source is not None:
             return source, str(folder / name)
-    raise InputRefused(
-        f"{folder}: no chat template; expected chat_template.jinja, chat_template.json or one in "
-        "tokenizer_config.json"
-    )
+    return None
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter.core.errors import InputRefused
+from exporter.families.pixels import Normalisation, edge, read_normalisation, resized
 
 MAX_EDGE = 4096
 MAX_PIXELS = 8192 * 8192
@@ -30,8 +31,7 @@ class TilingSettings:
     """The keys of preprocessor_config.json that matter.
 
     `size` is the longest edge in pixels, or (height, width); `tile` the edge of a tile in pixels;
-    `resample` Pillow's filter number; mean and std are per channel, applied after `rescale_factor`
-    (None: not rescaled, not normalised).
+    `resample` Pillow's filter number.
     """
 
     size: int | tuple[int, int]
@@ -39,9 +39,7 @@ class TilingSettings:
     resample: int
     resize: bool
     split: bool
-    rescale_factor: float | None
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
+    normalisation: Normalisation
 
 
 @dataclass(frozen=True)
@@ -61,29 +59,21 @@ def read_settings(raw: Mapping[str, Any], where: str) -> TilingSettings:
     try:
         size = {"longest_edge": 4 * 364} if raw.get("size") is None else raw["size"]
         tile = {"longest_edge": 364} if raw.get("max_image_size") is None else raw["max_image_size"]
-        normalize = raw.get("do_normalize", True)
-        settings = TilingSettings(
-            size=_edge(size["longest_edge"])
+        return TilingSettings(
+            size=edge(size["longest_edge"])
             if size.get("longest_edge")
-            else (_edge(size["height"]), _edge(size["width"])),
-            tile=_edge(tile["longest_edge"]),
+            else (edge(size["height"]), edge(size["width"])),
+            tile=edge(tile["longest_edge"]),
             resample=int(Image.Resampling(raw.get("resample", Image.Resampling.LANCZOS))),
             resize=bool(raw.get("do_resize", True)),
             split=bool(raw.get("do_image_splitting", True)),
-            rescale_factor=float(raw.get("rescale_factor", 1 / 255))
-            if raw.get("do_rescale", True)
-            else None,
-            mean=_triple(raw.get("image_mean", 0.5)) if normalize else None,
-            std=_triple(raw.get("image_std", 0.5)) if normalize else None,
+            normalisation=read_normalisation(raw, 0.5, 0.5),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputRefused(
             f"{where}: bad image settings ({type(error).__name__}: {error}); expected those of an "
             "Idefics3 image processor"
         ) from error
-    if settings.std is not None and 0.0 in settings.std:
-        raise InputRefused(f"{where}: image_std holds 0; expected positive numbers")
-    return settings
 
 
 def split_image(image: Image.Image, settings: TilingSettings) -> Tiles:
@@ -94,18 +84,18 @@ def split_image(image: Image.Image, settings: TilingSettings) -> Tiles:
     """
     picture = to_rgb(image)
     if settings.resize:
-        picture = _resize(picture, *_first_size(picture, settings), settings.resample)
+        picture = resized(picture, *_first_size(picture, settings), settings.resample)
     if not settings.split:
-        square = _resize(picture, settings.tile, settings.tile, settings.resample)
-        return Tiles(_normalised([square], settings), 0, 0)
-    picture = _resize(picture, *_whole_tiles(picture, settings.tile), settings.resample)
+        square = resized(picture, settings.tile, settings.tile, settings.resample)
+        return Tiles(settings.normalisation.apply([square]), 0, 0)
+    picture = resized(picture, *_whole_tiles(picture, settings.tile), settings.resample)
     rows, cols = picture.height // settings.tile, picture.width // settings.tile
     if rows == 1 and cols == 1:
-        return Tiles(_normalised([picture], settings), 0, 0)
+        return Tiles(settings.normalisation.apply([picture]), 0, 0)
     boxes = [(c * settings.tile, r * settings.tile) for r in range(rows) for c in range(cols)]
     frames = [picture.crop((x, y, x + settings.tile, y + settings.tile)) for x, y in boxes]
-    frames.append(_resize(picture, settings.tile, settings.tile, settings.resample))
-    return Tiles(_normalised(frames, settings), rows, cols)
+    frames.append(resized(picture, settings.tile, settings.tile, settings.resample))
+    return Tiles(settings.normalisation.apply(frames), rows, cols)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -115,10 +105,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _resize(image: Image.Image, height: int, width: int, resample: int) -> Image.Image:
-    return image.resize((width, height), resample=Image.Resampling(resample))
 
 
 def _first_size(image: Image.Image, settings: TilingSettings) -> tuple[int, int]:
@@ -159,32 +145,5 @@ def _whole_tiles(image: Image.Image, tile: int) -> tuple[int, int]:
     return height, width
 
 
-def _normalised(frames: list[Image.Image], settings: TilingSettings) -> NDArray[np.float32]:
-    # There are 256 values per channel: looking them up gives the same bits as computing each pixel.
-    levels = np.arange(256, dtype=np.float64)
-    scale = 1.0 if settings.rescale_factor is None else settings.rescale_factor
-    table = np.repeat((levels * scale).astype(np.float32)[None], 3, axis=0)
-    if settings.mean is not None and settings.std is not None:
-        mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
-        table = (table - mean[:, None]) / std[:, None]
-    out = np.empty((len(frames), 3, frames[0].height, frames[0].width), np.float32)
-    for target, frame in zip(out, frames, strict=True):
-        pixels = np.asarray(frame)
-        for channel in range(3):
-            np.take(table[channel], pixels[..., channel], out=target[channel])
-    return out
-
-
 def _even(length: int) -> int:
     return length + length % 2
-
-
-def _edge(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 8192:
-        raise ValueError(f"edge {value!r}; expected 1 to 8192 pixels")
-    return value
-
-
-def _triple(value: Any) -> tuple[float, float, float]:
-    red, green, blue = [value] * 3 if isinstance(value, (int, float)) else value
-    return float(red), float(green), float(blue)

@@ -17,6 +17,7 @@ from exporter.core.modelfiles import copy_small_files, read_config, read_json
 from exporter.core.nf4 import NF4_DATA, NF4_SCALES, NF4_VALUES, nf4_shapes
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import ITEM_BYTES, Checkpoint, SafetensorsWriter
+from exporter.families.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
 from exporter.formats.settings import KEY
@@ -34,7 +35,7 @@ class BnbWritten:
 
 
 def write_bnb(source: Path, out: Path, *, progress: Progress = silent) -> BnbWritten:
-    """Write the NF4 folder `source` (`bnb.quantize_bnb`) into the empty folder `out`.
+    """Write the NF4 folder `source` (scheme `bnb-nf4`) into the empty folder `out`.
 
     The bytes of codes and maxima are taken over. Raises `InputRefused` when a matrix of `source` is
     stored in another form, which bitsandbytes cannot hold.
@@ -45,7 +46,10 @@ def write_bnb(source: Path, out: Path, *, progress: Progress = silent) -> BnbWri
     need_space(out, sum(ITEM_BYTES[d] * int(np.prod(s)) for d, s in entries.values()) + (64 << 20))
     copy_small_files(source, out)
     config = read_config(source / "config.json")
-    head = family_of(config).decoder_spec(config).head.removesuffix(".weight")
+    decoder = require_llama(
+        family_of(config).decoder_spec(config), "writing bitsandbytes", instead=NO_FORMAT
+    )
+    head = decoder.head.removesuffix(".weight")
     (out / "config.json").write_bytes(canonical_json({**config, KEY: _settings(head)}))
     with SafetensorsWriter(out / "model.safetensors", entries, {"format": "pt"}) as file:
         for done, (name, array) in enumerate(_arrays(checkpoint, layers), 1):

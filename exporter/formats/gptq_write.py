@@ -23,7 +23,7 @@ from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config, read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, Checkpoint, SafetensorsWriter
-from exporter.families.base import DecoderSpec
+from exporter.families.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
 from exporter.formats.gptq_matrix import to_gptq
@@ -98,8 +98,9 @@ class _Writer:
         self.source, self.options = source, options
         self.layers = _layers(source)
         self.checkpoint = Checkpoint.open(source)
-        self.decoder: DecoderSpec = family_of(read_config(source / "config.json")).decoder_spec(
-            read_config(source / "config.json")
+        config = read_config(source / "config.json")
+        self.decoder = require_llama(
+            family_of(config).decoder_spec(config), "writing gptq", instead=NO_FORMAT
         )
         self.dequantized: dict[str, str] = {}
         self.quantized: dict[str, BlockFormat] = {}

@@ -15,6 +15,7 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint
 from exporter.families.base import DecoderSpec
+from exporter.families.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import FloatEntry
 from exporter.formats.settings import Settings, read_settings
@@ -42,7 +43,9 @@ class Source:
             raise InputRefused(f"{folder}: a {settings.method} checkpoint; expected {method}")
         config = read_config(folder / "config.json")
         checkpoint = _open_weights(folder)
-        decoder = family_of(config).decoder_spec(config)
+        decoder = require_llama(
+            family_of(config).decoder_spec(config), f"reading {method}", instead=NO_FORMAT
+        )
         source = cls(folder, checkpoint, settings, config, decoder)
         if not source.modules():
             raise InputRefused(f"{folder}: no tensor ends in {QWEIGHT}; it is not {method}")

@@ -12,7 +12,8 @@ import onnxruntime as ort
 
 from exporter.core.errors import InputRefused, ParityFailed
 from exporter.core.modelfiles import read_config
-from exporter.families.base import DecoderSpec, Feed
+from exporter.families.base import Feed
+from exporter.families.decoder import TextDecoder
 from exporter.families.table import family_of
 from exporter.graphs import decoder, embedding, tower
 from exporter.graphs.writer import MICROSOFT
@@ -71,7 +72,7 @@ def _read_structure(path: Path) -> dict[str, int]:
         raise InputRefused(f"{path}: no regular file; export the model again")
     model = onnx.load_model(path, load_external_data=False)
     domains = {o.domain for o in model.opset_import}
-    if domains != {"", MICROSOFT}:
+    if not {""} <= domains <= {"", MICROSOFT}:
         raise InputRefused(f"{path}: operator sets {sorted(domains)}; expected '' and {MICROSOFT}")
     for tensor in model.graph.initializer:
         _check_external(path, tensor)
@@ -95,7 +96,7 @@ def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
         raise InputRefused(f"{data}: too short for weight '{tensor.name}'; export the model again")
 
 
-def _embedding_feeds(spec: DecoderSpec) -> Iterator[Feed]:
+def _embedding_feeds(spec: TextDecoder) -> Iterator[Feed]:
     last = spec.vocab_size - 1
     yield {"input_ids": np.array([[0, last]], np.int64)}
     yield {"input_ids": np.array([[0, last, last // 2], [last // 3, 0, last]], np.int64)}

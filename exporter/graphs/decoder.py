@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import DecoderSpec
 from exporter.graphs.linear import linear
-from exporter.graphs.weights import Matrix, WeightSource, stack_rows
+from exporter.graphs.matrices import Matrix, stack_rows
+from exporter.graphs.rotary import AxisRotary, rotary_tables, section_frequencies
+from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 NAME = "decoder_model_merged"
@@ -28,22 +29,6 @@ class DecoderOptions:
     fuse_mlp: bool = True
 
 
-def rotary_tables(
-    positions: int, head_dim: int, theta: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines ``[positions, head_dim / 2]``, float32 (RoFormer, arXiv 2104.09864).
-
-    Rounded where LlamaRotaryEmbedding rounds: frequencies and angles are float32, or positions far
-    out would turn by other angles than the model was trained with.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    powers = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
-    frequencies = np.float32(1) / powers
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
-    exact = angles.astype(np.float64)
-    return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
-
-
 def write_decoder(
     folder: Path, spec: DecoderSpec, weights: WeightSource, options: DecoderOptions
 ) -> WrittenGraph:
@@ -51,22 +36,46 @@ def write_decoder(
 
     Inputs: inputs_embeds float32 [batch, sequence, hidden]; attention_mask int64 [batch, total],
     ones then zeros (padding on the right); num_logits_to_keep int64 scalar (0 keeps all);
-    past_key_values.{i}.key|value float32 [batch, kv_heads, past, head_dim]. Outputs: logits and
-    present.{i}.key|value. Past and present may be one buffer of any length.
+    past_key_values.{i}.key|value float32 [batch, kv_heads, past, head_dim]; with M-RoPE also
+    position_ids int64 [axes, batch, sequence]. Outputs: logits and present.{i}.key|value. Past and
+    present may be one buffer of any length.
     Raises `InputRefused` when tensors are missing or of other shapes, or the attention op cannot
     do the head size.
     """
-    if spec.head_dim % 16:
+    check_head_size(spec)
+    with GraphWriter(folder, NAME) as writer:
+        llama = LlamaGraph(writer, spec, weights, options)
+        embeds, logits = llama.begin(spec.vocab_size)
+        stream = (embeds, "")
+        for layer in range(spec.layers):
+            stream = llama.block(layer, *stream)
+        linear(
+            writer,
+            "head",
+            llama.final(*stream),
+            llama.head(),
+            options.accuracy_level,
+            output=logits,
+        )
+        return writer.finish()
+
+
+def check_head_size(spec: DecoderSpec) -> None:
+    """Raise `InputRefused` when the attention op cannot do the head size."""
+    if spec.head_dim % 16 and not spec.mrope:
         raise InputRefused(
             f"config.json: head_dim is {spec.head_dim}; onnxruntime's GroupQueryAttention with "
             "rotary positions needs a multiple of 16, this model cannot be exported for it"
         )
-    with GraphWriter(folder, NAME) as writer:
-        _Decoder(writer, spec, weights, options).build()
-        return writer.finish()
 
 
-class _Decoder:
+class LlamaGraph:
+    """Writes pieces of one Llama decoder into a graph; values are float32 ``[batch, sequence, hidden]``.
+
+    A residual value goes from piece to piece together with what waits to be added to it (empty:
+    nothing): the next norm adds both in the same pass.
+    """
+
     def __init__(
         self, writer: GraphWriter, spec: DecoderSpec, weights: WeightSource, options: DecoderOptions
     ) -> None:
@@ -76,38 +85,38 @@ class _Decoder:
         self.options = options
         self.shapes = spec.matrix_shapes()
 
-    def build(self) -> None:
-        writer, spec = self.writer, self.spec
-        batch = "batch_size"
-        x = writer.input("inputs_embeds", FLOAT, [batch, "sequence_length", spec.hidden_size])
+    def begin(self, vocabulary: int) -> tuple[str, str]:
+        """Declare the inputs and outputs that no block owns; returns inputs_embeds and logits."""
+        writer, batch = self.writer, "batch_size"
+        x = writer.input("inputs_embeds", FLOAT, [batch, "sequence_length", self.spec.hidden_size])
         writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
         writer.input("num_logits_to_keep", INT64, [])
-        logits = writer.output("logits", FLOAT, [batch, "kept_length", spec.vocab_size])
+        logits = writer.output("logits", FLOAT, [batch, "kept_length", vocabulary])
         self._lengths()
-        self._rotary()
-        starts = self._kept_from()
-        residual, addition = x, ""
-        for layer in range(spec.layers):
-            at = f"{spec.prefix}layers.{layer}."
-            gamma = f"{at}input_layernorm.weight"
-            normed, residual = self._add_norm(
-                f"layers.{layer}.input_norm", residual, addition, gamma
-            )
-            attended = self._attention(layer, normed)
-            if layer == spec.layers - 1:
-                # Behind the last attention no position needs another: drop those nobody asked for.
-                attended = self._keep("keep_attended", attended, starts)
-                residual = self._keep("keep_residual", residual, starts)
-            projected = self._linear(
-                f"layers.{layer}.o_proj", attended, self._matrix(f"{at}self_attn.o_proj.weight")
-            )
-            gamma = f"{at}post_attention_layernorm.weight"
-            normed, residual = self._add_norm(
-                f"layers.{layer}.post_norm", residual, projected, gamma
-            )
-            addition = self._mlp(layer, normed)
-        normed, _ = self._add_norm("final_norm", residual, addition, spec.final_norm)
-        linear(writer, "head", normed, self._head(), self.options.accuracy_level, output=logits)
+        self._positions()
+        self.starts = self._kept_from()
+        return x, logits
+
+    def block(self, layer: int, residual: str, addition: str) -> tuple[str, str]:
+        """Block `layer`: attention, then the MLP, each behind its norm and added to the residual."""
+        name, spec = f"layers.{layer}", self.spec
+        at = f"{spec.prefix}{name}."
+        gamma = f"{at}input_layernorm.weight"
+        normed, residual = self.add_norm(f"{name}.input_norm", residual, addition, gamma)
+        attended = self._attention(layer, normed)
+        if layer == spec.layers - 1:
+            # Behind the last attention no position needs another: drop those nobody asked for.
+            attended = self._keep("keep_attended", attended, self.starts)
+            residual = self._keep("keep_residual", residual, self.starts)
+        projected = self.product(f"{name}.o_proj", f"{at}self_attn.o_proj.weight", attended)
+        gamma = f"{at}post_attention_layernorm.weight"
+        normed, residual = self.add_norm(f"{name}.post_norm", residual, projected, gamma)
+        return residual, self.mlp(name, f"{at}mlp.", normed)
+
+    def final(self, residual: str, addition: str) -> str:
+        """The norm behind the last block."""
+        normed, _ = self.add_norm("final_norm", residual, addition, self.spec.final_norm)
+        return normed
 
     def _lengths(self) -> None:
         # seqlens_k: index of each row's last valid key; total: length of the mask, past included.
@@ -124,11 +133,28 @@ class _Decoder:
         scalar = writer.node("Squeeze", "mask_scalar", [shape])
         self.total = writer.node("Cast", "total_length", [scalar], attributes={"to": INT32})
 
-    def _rotary(self) -> None:
-        spec = self.spec
-        cos, sin = rotary_tables(spec.max_positions, spec.head_dim, spec.rope_theta)
-        self.cos = self.writer.weight("rotary.cos", cos)
-        self.sin = self.writer.weight("rotary.sin", sin)
+    def _positions(self) -> None:
+        """Tables for the attention op, or what turns queries and keys before it."""
+        spec, writer = self.spec, self.writer
+        self.tables: list[str] = []
+        self.axes: AxisRotary | None = None
+        self.places = ""
+        if not spec.mrope:
+            cos, sin = rotary_tables(spec.max_positions, spec.head_dim, spec.rope_theta)
+            self.tables = [writer.weight("rotary.cos", cos), writer.weight("rotary.sin", sin)]
+            return
+        axes = len(spec.mrope)
+        positions = writer.input("position_ids", INT64, [axes, "batch_size", "sequence_length"])
+        flat = writer.constant("rotary.flat", np.array([axes, -1], np.int64))
+        rows = writer.node("Reshape", "rotary.axes", [positions, flat])
+        turned = writer.node("Transpose", "rotary.rows", [rows], attributes={"perm": [1, 0]})
+        table = section_frequencies(spec.head_dim, spec.rope_theta, spec.mrope)
+        self.axes = AxisRotary(writer, turned, table)
+        shape = writer.node("Shape", "rotary.shape", [positions], attributes={"start": 1, "end": 3})
+        count = writer.node("ReduceProd", "rotary.count", [shape], attributes={"keepdims": 0})
+        zero, one = (writer.constant(f"rotary.{n}", np.array(n, np.int64)) for n in (0, 1))
+        numbers = writer.node("Range", "rotary.numbers", [zero, count, one])
+        self.places = writer.node("Reshape", "rotary.places", [numbers, shape])
 
     def _kept_from(self) -> str:
         # Slicing from -n keeps n positions; from -0 = 0 it keeps all.
@@ -142,7 +168,7 @@ class _Decoder:
         ends = self.writer.constant("last", np.array([LAST], np.int64))
         return self.writer.node("Slice", name, [x, starts, ends, self._one()])
 
-    def _add_norm(self, name: str, residual: str, addition: str, gamma: str) -> tuple[str, str]:
+    def add_norm(self, name: str, residual: str, addition: str, gamma: str) -> tuple[str, str]:
         """RMS norm of residual + addition, and that sum; without an addition, of the residual."""
         scale = self.writer.weight(
             f"{name}.weight", self.weights.vector(gamma, self.spec.hidden_size)
@@ -190,35 +216,74 @@ class _Decoder:
         writer.node(
             "GroupQueryAttention",
             name,
-            [*self._queries(layer, x), *past, self.seqlens, self.total, self.cos, self.sin],
+            [*self._queries(layer, x), *past, self.seqlens, self.total, *self.tables],
             domain=MICROSOFT,
             outputs=[f"{name}:0", *present],
             attributes={
                 "num_heads": spec.heads,
                 "kv_num_heads": spec.kv_heads,
                 "scale": float(np.float32(spec.head_dim**-0.5)),
-                "do_rotary": 1,
+                "do_rotary": int(self.axes is None),
                 "rotary_interleaved": 0,
             },
         )
         return f"{name}:0"
 
     def _queries(self, layer: int, x: str) -> list[str]:
-        """Query, key and value inputs of the attention op: one packed value where formats agree."""
-        at = f"{self.spec.prefix}layers.{layer}.self_attn."
-        names = [f"{at}{part}_proj.weight" for part in "qkv"]
-        if len({self.weights.format(n) for n in names}) == 1:
-            stacked = stack_rows([self._matrix(n) for n in names])
-            return [self._linear(f"layers.{layer}.qkv_proj", x, stacked), "", ""]
-        return [
-            self._linear(f"layers.{layer}.{part}_proj", x, self._matrix(n))
-            for part, n in zip("qkv", names, strict=True)
-        ]
+        """Query, key and value inputs of the attention op: one packed value where it takes that."""
+        name, spec = f"layers.{layer}", self.spec
+        at = f"{spec.prefix}{name}.self_attn."
+        parts = {part: f"{at}{part}_proj.weight" for part in "qkv"}
+        if len({self.weights.format(n) for n in parts.values()}) == 1:
+            stacked = stack_rows([self._matrix(n) for n in parts.values()])
+            packed = self._linear(f"{name}.qkv_proj", x, stacked)
+            packed = self._biased(f"{name}.qkv_proj", packed, f"{at}q", f"{at}k", f"{at}v")
+            if self.axes is None:
+                return [packed, "", ""]
+            q, k, v = self._split(f"{name}.qkv", packed)
+        else:
+            q, k, v = (
+                self._biased(
+                    f"{name}.{part}_proj",
+                    self._linear(f"{name}.{part}_proj", x, self._matrix(n)),
+                    at + part,
+                )
+                for part, n in parts.items()
+            )
+        if self.axes is not None:
+            q = self.axes.turn(f"{name}.q_rotary", q, self.places)
+            k = self.axes.turn(f"{name}.k_rotary", k, self.places)
+        return [q, k, v]
 
-    def _mlp(self, layer: int, x: str) -> str:
+    def _biased(self, name: str, x: str, *projections: str) -> str:
+        """A product with the biases of `projections` (names without ``_proj``), where the model has them."""
+        if not self.spec.qkv_bias:
+            return x
+        shapes = self.spec.matrix_shapes()
+        vectors = [
+            self.weights.vector(f"{p}_proj.bias", shapes[f"self_attn.{p[-1]}_proj"][0])
+            for p in projections
+        ]
+        bias = self.writer.weight(f"{name}.bias", np.concatenate(vectors))
+        return self.writer.node("Add", f"{name}/bias", [x, bias])
+
+    def _split(self, name: str, packed: str) -> tuple[str, str, str]:
+        spec = self.spec
+        keys = spec.kv_heads * spec.head_dim
+        sizes = np.array([spec.heads * spec.head_dim, keys, keys], np.int64)
+        q, k, v = (f"{name}:{part}" for part in "qkv")
+        self.writer.node(
+            "Split",
+            name,
+            [packed, self.writer.constant("qkv.sizes", sizes)],
+            outputs=[q, k, v],
+            attributes={"axis": -1},
+        )
+        return q, k, v
+
+    def mlp(self, name: str, at: str, x: str) -> str:
+        """The gated MLP whose tensors begin with `at`; its nodes begin with `name`."""
         writer = self.writer
-        name = f"layers.{layer}"
-        at = f"{self.spec.prefix}{name}.mlp."
         names = [f"{at}{part}_proj.weight" for part in ("gate", "up")]
         if self.options.fuse_mlp and len({self.weights.format(n) for n in names}) == 1:
             both = self._linear(f"{name}.gate_up", x, stack_rows([self._matrix(n) for n in names]))
@@ -240,9 +305,9 @@ class _Decoder:
             "QuickGelu", f"{name}.silu", [gate], domain=MICROSOFT, attributes={"alpha": 1.0}
         )
         product = writer.node("Mul", f"{name}.gated", [silu, up])
-        return self._linear(f"{name}.down", product, self._matrix(f"{at}down_proj.weight"))
+        return self.product(f"{name}.down", f"{at}down_proj.weight", product)
 
-    def _head(self) -> Matrix:
+    def head(self) -> Matrix:
         """The head's own matrix where the folder has one, else the embedding of a tied model."""
         spec = self.spec
         if spec.tied and not self.weights.has(spec.head):
@@ -250,6 +315,10 @@ class _Decoder:
                 spec.embedding, spec.vocab_size, spec.hidden_size, again=True
             )
         return self.weights.matrix(spec.head, spec.vocab_size, spec.hidden_size)
+
+    def product(self, name: str, tensor: str, x: str) -> str:
+        """Product with the matrix `tensor` of a block."""
+        return self._linear(name, x, self._matrix(tensor))
 
     def _matrix(self, name: str) -> Matrix:
         rows, columns = self.shapes[".".join(name.split(".")[-3:-1])]

@@ -9,16 +9,16 @@ from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
 from exporter.core.errors import InputRefused
-from exporter.core.nf4 import Nf4Matrix
-from exporter.families.base import DecoderSpec
+from exporter.families.decoder import TextDecoder
 from exporter.graphs.linear import float_weight
+from exporter.graphs.matrices import Matrix
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 NAME = "embed_tokens"
 
 
-def write_embedding(folder: Path, spec: DecoderSpec, weights: WeightSource) -> WrittenGraph:
+def write_embedding(folder: Path, spec: TextDecoder, weights: WeightSource) -> WrittenGraph:
     """Write ``embed_tokens.onnx``: input_ids int64 [batch, sequence] -> inputs_embeds float32.
 
     Raises `InputRefused` when the table is missing or of another shape.
@@ -28,22 +28,30 @@ def write_embedding(folder: Path, spec: DecoderSpec, weights: WeightSource) -> W
         shape: list[int | str] = ["batch_size", "sequence_length", spec.hidden_size]
         out = writer.output("inputs_embeds", TensorProto.FLOAT, shape)
         table = weights.matrix(spec.embedding, spec.vocab_size, spec.hidden_size)
-        if isinstance(table, PackedMatrix):
-            _gather_packed(writer, table, ids, out)
-        elif isinstance(table, Nf4Matrix):
-            raise InputRefused(
-                f"'{spec.embedding}' is stored in NF4, of which rows cannot be looked up; keep the "
-                "embedding in float16"
-            )
-        else:
-            stored = writer.weight("embedding.weight", table)
-            rows = writer.node("Gather", "gather", [stored, ids])
-            # After the lookup: only the rows asked for become float32.
-            writer.node("Cast", "cast", [rows], outputs=[out], attributes={"to": TensorProto.FLOAT})
+        table_rows(writer, spec.embedding, table, ids, out)
         return writer.finish()
 
 
-def _gather_packed(writer: GraphWriter, table: PackedMatrix, ids: str, out: str) -> None:
+def table_rows(writer: GraphWriter, name: str, table: Matrix, ids: str, out: str) -> str:
+    """The float32 rows `ids` of the table that the checkpoint calls `name`, as the value `out`.
+
+    Raises `InputRefused` for a form of which rows cannot be looked up.
+    """
+    if isinstance(table, PackedMatrix):
+        return _gather_packed(writer, table, ids, out)
+    if not isinstance(table, np.ndarray):
+        raise InputRefused(
+            f"'{name}' is a {type(table).__name__}, of which rows cannot be looked up; keep the "
+            "embedding in float16"
+        )
+    stored = writer.weight("embedding.weight", table)
+    rows = writer.node("Gather", "gather", [stored, ids])
+    # After the lookup: only the rows asked for become float32.
+    kind = {"to": TensorProto.FLOAT}
+    return writer.node("Cast", "cast", [rows], outputs=[out], attributes=kind)
+
+
+def _gather_packed(writer: GraphWriter, table: PackedMatrix, ids: str, out: str) -> str:
     form = table.format
     padded = table.blocks * form.block != table.columns
     inputs = [
@@ -70,3 +78,4 @@ def _gather_packed(writer: GraphWriter, table: PackedMatrix, ids: str, out: str)
         bounds = {"start": 0, "end": table.columns, "axis": -1}
         names = [writer.constant(k, np.array([v], np.int64)) for k, v in bounds.items()]
         writer.node("Slice", "unpad", [rows, *names], outputs=[out])
+    return out

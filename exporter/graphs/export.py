@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.digest import canonical_json
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
-from exporter.graphs.decoder import DecoderOptions, write_decoder
-from exporter.graphs.embedding import write_embedding
-from exporter.graphs.parts import write_vision
+from exporter.graphs.decoder import DecoderOptions
+from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
 from exporter.graphs.readers import complete_for_readers
+from exporter.graphs.standard.parts import write_standard
+from exporter.graphs.standard.report import StandardReport, describe
 from exporter.graphs.weights import FloatStorage, WeightSource
 from exporter.graphs.writer import OPSET, WrittenGraph
 
 SCHEMA = 1
+Dialect = Literal["ort", "standard"]
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. `bits`: per tensor of the source (32, 16, 8 or 4); `unused`: why not written."""
+    """What was written. `bits`: per tensor of the source (32, 16, 8 or 4); `unused`: why not written;
+    `standard`: what only the standard dialect has.
+    """
 
     dialect: str
     float_storage: str
@@ -33,6 +38,7 @@ class ExportReport:
     parts: tuple[WrittenGraph, ...]
     bits: Mapping[str, int]
     unused: Mapping[str, str]
+    standard: StandardReport | None = None
 
     @property
     def bytes(self) -> int:
@@ -44,6 +50,7 @@ def export_model(
     source: Path,
     out: Path,
     *,
+    dialect: Dialect = "ort",
     float_storage: FloatStorage = "float16",
     accuracy_level: int = 4,
     tower_accuracy_level: int = 0,
@@ -55,6 +62,8 @@ def export_model(
     ones as they are; the accuracy levels of decoder and tower are MatMulNBits' (0 computes in
     float32, 4 in int8: several times faster where one row meets a matrix, which is decoding). Each
     tensor of the source is used exactly once (a tied embedding twice) or the export fails.
+    The dialect `standard` has no operators of onnxruntime's own; it computes in float32, and its
+    graphs are held against the operators that TensorRT's parser takes.
     Raises `InputRefused` for a bad source, `EnvironmentLacks` when the disk is too small.
     """
     config = read_config(source / "config.json")
@@ -65,22 +74,29 @@ def export_model(
     model = out / "model"
     onnx = model / "onnx"
     onnx.mkdir(parents=True)
-    parts = (
-        write_vision(onnx, tower, weights, tower_accuracy_level),
-        write_embedding(onnx, decoder, weights),
-        write_decoder(onnx, decoder, weights, DecoderOptions(accuracy_level)),
-    )
+    if dialect == "standard":
+        accuracy_level = tower_accuracy_level = 0
+        parts, widened = write_standard(onnx, decoder, tower, weights)
+    else:
+        parts = (
+            write_vision(onnx, tower, weights, tower_accuracy_level),
+            write_tokens(onnx, decoder, weights),
+            write_text_decoder(onnx, decoder, weights, DecoderOptions(accuracy_level)),
+        )
     report = ExportReport(
-        dialect="ort",
+        dialect=dialect,
         float_storage=float_storage,
         accuracy_level=accuracy_level,
         tower_accuracy_level=tower_accuracy_level,
         opset=OPSET,
         parts=parts,
         bits=weights.bits,
-        unused=weights.finish(),
+        unused=weights.finish([*decoder.tensors(), *tower.tensors()]),
     )
     copy_small_files(source, model)
-    complete_for_readers(model, parts)
-    write_atomic(out / "export.json", canonical_json({"schema": SCHEMA, **asdict(report)}))
+    complete_for_readers(model, parts, genai=dialect == "ort")
+    if dialect == "standard":
+        report = replace(report, standard=describe(model, parts, widened))
+    fields = {k: v for k, v in asdict(report).items() if v is not None}
+    write_atomic(out / "export.json", canonical_json({"schema": SCHEMA, **fields}))
     return report

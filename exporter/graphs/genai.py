@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json
-from exporter.families.base import DecoderSpec
+from exporter.families.decoder import TextDecoder
 from exporter.graphs.writer import OPSET
 
 MERGE = "merge_image_features"
@@ -25,7 +25,7 @@ IR_VERSION = 10
 
 
 def write_genai_files(
-    model: Path, decoder: DecoderSpec, image_token: int, stops: Sequence[int]
+    model: Path, decoder: TextDecoder, image_token: int, stops: Sequence[int]
 ) -> None:
     """Write ``genai_config.json`` and ``merge_image_features.onnx`` into the folder `model`."""
     graph = merge_graph(image_token, decoder.hidden_size)
@@ -67,7 +67,7 @@ def merge_graph(image_token: int, hidden: int) -> bytes:
     return data
 
 
-def genai_config(decoder: DecoderSpec, stops: Sequence[int]) -> dict[str, Any]:
+def genai_config(decoder: TextDecoder, stops: Sequence[int]) -> dict[str, Any]:
     """The genai_config.json that chains the layout's graphs; greedy, caches shared in place."""
     inputs, outputs = _names(decoder)
     settings = {
@@ -107,7 +107,7 @@ def genai_config(decoder: DecoderSpec, stops: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _names(decoder: DecoderSpec) -> tuple[list[str], list[str]]:
+def _names(decoder: TextDecoder) -> tuple[list[str], list[str]]:
     layers = [f"{i}.{part}" for i in range(decoder.layers) for part in ("key", "value")]
     past = [f"past_key_values.{name}" for name in layers]
     inputs = ["inputs_embeds", "attention_mask", "num_logits_to_keep", *past]

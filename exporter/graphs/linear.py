@@ -10,7 +10,9 @@ from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
 from exporter.core.nf4 import Nf4Matrix
-from exporter.graphs.weights import FloatArray, Matrix
+from exporter.core.static8 import StaticMatrix
+from exporter.graphs.matrices import FloatArray, GatedMatrix, Matrix, WatchedMatrix
+from exporter.graphs.static import blend, linear_static, watch
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
 
@@ -40,9 +42,18 @@ def linear(
     outputs = None if output is None else [output]
     if isinstance(matrix, Nf4Matrix):
         return _linear_nf4(writer, name, x, matrix, outputs)
+    if isinstance(matrix, StaticMatrix):
+        return linear_static(writer, name, x, matrix, outputs)
+    if isinstance(matrix, WatchedMatrix):
+        watch(writer, x, matrix)
+        return linear(writer, name, x, matrix.values, accuracy_level, output=output)
+    if isinstance(matrix, GatedMatrix):
+        plain = linear(writer, f"{name}/float", x, matrix.values, accuracy_level)
+        static = linear_static(writer, f"{name}/static", x, matrix.static, None)
+        return blend(writer, name, matrix, plain, static, output)
     if not isinstance(matrix, PackedMatrix):
         # Turned here: a Transpose node would be folded at load, for twice the memory.
-        weight = float_weight(writer, f"{name}.weight", _turned(matrix))
+        weight = float_weight(writer, f"{name}.weight", transposed(matrix))
         return writer.node("MatMul", name, [x, weight], outputs=outputs)
     form = matrix.format
     inputs = [
@@ -91,7 +102,8 @@ def _linear_nf4(
     )
 
 
-def _turned(matrix: FloatArray) -> FloatArray:
+def transposed(matrix: FloatArray) -> FloatArray:
+    """``matrix.T``, contiguous."""
     # In strips: numpy's whole-matrix transpose misses the cache on each element of a large matrix.
     rows, columns = matrix.shape
     turned = np.empty((columns, rows), matrix.dtype)

@@ -1,4 +1,7 @@
-"""Which writer makes the graph of which kind of vision part. A new kind is one file and one row."""
+"""Which writer makes the graph of which kind of vision part and decoder.
+
+A new kind is one file and one row.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,49 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.families.base import TowerSpec, VisionSpec
+from exporter.families.base import DecoderSpec, TowerSpec, VisionSpec
+from exporter.families.decoder import TextDecoder
+from exporter.families.gpt2 import Gpt2Spec
+from exporter.families.idefics_specs import GatedLlama, ResampledVision
+from exporter.families.llava_vision import LlavaVision
+from exporter.families.moondream_vision import MoondreamVision
+from exporter.families.phi import PhiSpec
+from exporter.families.qwen_vision import QwenVisionSpec
+from exporter.families.vit_tower import CrossVit
+from exporter.graphs.clip_tower import write_llava_vision
+from exporter.graphs.cross import write_cross_vit
+from exporter.graphs.decoder import DecoderOptions, write_decoder
+from exporter.graphs.embedding import write_embedding
+from exporter.graphs.gated import write_gated_llama, write_parted_embedding
+from exporter.graphs.gpt2 import write_gpt2
+from exporter.graphs.moondream_tower import write_moondream_vision
+from exporter.graphs.perceiver import write_resampled_vision
+from exporter.graphs.phi import write_phi
+from exporter.graphs.qwen_tower import write_qwen_vision
 from exporter.graphs.tower import write_tower
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import WrittenGraph
 
 # The first argument after the folder is a spec of the row's own kind, hence Any.
 Writer = Callable[[Path, Any, WeightSource, int], WrittenGraph]
-VISION_WRITERS: Mapping[type, Writer] = {TowerSpec: write_tower}
+VISION_WRITERS: Mapping[type, Writer] = {
+    TowerSpec: write_tower,
+    LlavaVision: write_llava_vision,
+    QwenVisionSpec: write_qwen_vision,
+    CrossVit: write_cross_vit,
+    MoondreamVision: write_moondream_vision,
+    ResampledVision: write_resampled_vision,
+}
+DecoderWriter = Callable[[Path, Any, WeightSource, DecoderOptions], WrittenGraph]
+DECODER_WRITERS: Mapping[type, DecoderWriter] = {
+    DecoderSpec: write_decoder,
+    Gpt2Spec: write_gpt2,
+    PhiSpec: write_phi,
+    GatedLlama: write_gated_llama,
+}
+# Only decoders whose embedding is more than one table of its vocabulary.
+EmbeddingWriter = Callable[[Path, Any, WeightSource], WrittenGraph]
+EMBEDDING_WRITERS: Mapping[type, EmbeddingWriter] = {GatedLlama: write_parted_embedding}
 
 
 def write_vision(
@@ -21,3 +59,15 @@ def write_vision(
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
     return VISION_WRITERS[type(spec)](folder, spec, weights, accuracy_level)
+
+
+def write_tokens(folder: Path, spec: TextDecoder, weights: WeightSource) -> WrittenGraph:
+    """Write ``embed_tokens.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
+    return EMBEDDING_WRITERS.get(type(spec), write_embedding)(folder, spec, weights)
+
+
+def write_text_decoder(
+    folder: Path, spec: TextDecoder, weights: WeightSource, options: DecoderOptions
+) -> WrittenGraph:
+    """Write ``decoder_model_merged.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
+    return DECODER_WRITERS[type(spec)](folder, spec, weights, options)

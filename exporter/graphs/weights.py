@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +16,21 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.core.nf4 import NF4_DATA, NF4_SCALES, Nf4Matrix, nf4_shapes
 from exporter.core.progress import Progress, silent
+from exporter.core.static8 import (
+    CODES,
+    INPUT_SCALE,
+    INPUT_ZERO,
+    ROW_SCALES,
+    STATIC_CODE,
+    StaticMatrix,
+)
 from exporter.core.tensors import FLOATS, Checkpoint, to_float32
+from exporter.families.base import BUFFERS, TensorSpec
+from exporter.graphs.matrices import FloatArray, Matrix
 
 FloatStorage = Literal["float16", "float32"]
-FloatArray = NDArray[np.float16] | NDArray[np.float32]
-Matrix = FloatArray | PackedMatrix | Nf4Matrix
 
 QUANTIZATION = "quantization.json"
-# Buffers that older transformers saved although they follow from the config.
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 class WeightSource:
@@ -64,15 +69,22 @@ class WeightSource:
         entry = self._formats.get(name)
         return None if entry is None else entry[0]
 
-    def matrix(self, name: str, rows: int, columns: int, *, again: bool = False) -> Matrix:
+    def matrix(
+        self, name: str, rows: int, columns: int, *, again: bool = False, turned: bool = False
+    ) -> Matrix:
         """The ``[rows, columns]`` matrix `name`. Raises `InputRefused` when missing or of another shape.
 
-        A second use of a tensor is an error unless `again` says that it is meant.
+        A second use of a tensor is an error unless `again` says that it is meant. `turned`: a float
+        one is stored as ``[columns, rows]`` (see `families.base.TensorSpec`).
         """
         if name not in self._formats:
+            if turned:
+                return self.array(name, (columns, rows), again=again).T
             return self.array(name, (rows, columns), again=again)
         if name + NF4_DATA in self._checkpoint:
             return self._nf4(name, rows, columns, again=again)
+        if name + CODES in self._checkpoint:
+            return self._static(name, rows, columns, again=again)
         form, stored_columns = self._formats[name]
         blocks = -(-columns // form.block)
         if stored_columns != columns:
@@ -97,6 +109,16 @@ class WeightSource:
         self.bits[name] = 4
         return Nf4Matrix(rows, columns, block, data, absmax)
 
+    def _static(self, name: str, rows: int, columns: int, *, again: bool) -> StaticMatrix:
+        codes = self._take(name + CODES, "U8", (rows, columns), again=again)
+        scales = self._take(name + ROW_SCALES, "F32", (rows,), again=again)
+        scale = float(self._take(name + INPUT_SCALE, "F32", (1,), again=again)[0])
+        zero = int(self._take(name + INPUT_ZERO, "U8", (1,), again=again)[0])
+        if not (np.isfinite(scales).all() and 0 < scale < np.inf):
+            raise InputRefused(f"{self._folder}: bad scales of matrix '{name}'; quantize it again")
+        self.bits[name] = 8
+        return StaticMatrix(codes, scales, scale, zero)
+
     def array(self, name: str, shape: Sequence[int], *, again: bool = False) -> FloatArray:
         """A float tensor in the storage dtype. Values that float16 cannot hold are refused."""
         raw = self._take(name, None, tuple(shape), again=again)
@@ -120,17 +142,21 @@ class WeightSource:
         self.bits[name] = 32
         return to_float32(raw, self._checkpoint.info(name).dtype)
 
-    def finish(self) -> dict[str, str]:
-        """Tensors knowingly left out, with the reason. Raises `InputRefused` for any other left over."""
+    def finish(self, unused: Iterable[TensorSpec] = ()) -> dict[str, str]:
+        """Tensors knowingly left out, with the reason: buffers, and those that the specs call unused.
+
+        Raises `InputRefused` for any other left over.
+        """
+        reasons = {tensor.name: tensor.reason for tensor in unused if not tensor.used}
         left = sorted(self._checkpoint.tensors.keys() - self._taken)
-        strange = [name for name in left if not BUFFERS.search(name)]
+        strange = [name for name in left if name not in reasons and not BUFFERS.search(name)]
         if strange:
             raise InputRefused(
                 f"{self._folder}: {len(strange)} tensors have no place in the graphs, first "
                 f"'{strange[0]}'; the checkpoint is not of this architecture, or its config.json is"
                 " of another model"
             )
-        return dict.fromkeys(left, "buffer that follows from config.json")
+        return {name: reasons.get(name, "buffer that follows from config.json") for name in left}
 
     def _take(
         self, name: str, dtype: str | None, shape: tuple[int, ...], *, again: bool
@@ -151,48 +177,11 @@ class WeightSource:
         return self._checkpoint.raw(name)
 
 
-def stack_rows(parts: Sequence[Matrix]) -> Matrix:
-    """One matrix of all rows. Exact for packed parts: their blocks run along the columns.
-
-    Raises ValueError unless all parts have one format.
-    """
-    if any(isinstance(p, Nf4Matrix) for p in parts):
-        return _stack_nf4([p for p in parts if isinstance(p, Nf4Matrix)], len(parts))
-    packed = [p for p in parts if isinstance(p, PackedMatrix)]
-    if not packed:
-        return np.concatenate([p for p in parts if isinstance(p, np.ndarray)])
-    first = packed[0]
-    if len(packed) != len(parts) or any(p.format != first.format for p in packed):
-        raise ValueError("matrices of different formats cannot be stacked")
-    zeros = [p.zero_points for p in packed if p.zero_points is not None]
-    return PackedMatrix(
-        first.format,
-        first.columns,
-        np.concatenate([p.qdata for p in packed]),
-        np.concatenate([p.scales for p in packed]),
-        np.concatenate(zeros) if zeros else None,
-    )
-
-
-def _stack_nf4(parts: Sequence[Nf4Matrix], count: int) -> Nf4Matrix:
-    # Blocks run over the flattened matrix: whole ones only stay blocks when rows are added.
-    first = parts[0]
-    if len(parts) != count or any(p.rows * p.columns % p.block for p in parts):
-        raise ValueError("matrices of different formats, or of broken blocks, cannot be stacked")
-    return Nf4Matrix(
-        sum(p.rows for p in parts),
-        first.columns,
-        first.block,
-        np.concatenate([p.data for p in parts]),
-        np.concatenate([p.absmax for p in parts]),
-    )
-
-
 def _read_formats(folder: Path, checkpoint: Checkpoint) -> dict[str, tuple[BlockFormat, int]]:
     packed = {
         n.removesuffix(end)
         for n in checkpoint.tensors
-        for end in (QDATA, NF4_DATA)
+        for end in (QDATA, NF4_DATA, CODES)
         if n.endswith(end)
     }
     path = folder / QUANTIZATION
@@ -217,11 +206,11 @@ def _format(path: Path, entry: Mapping[str, Any]) -> tuple[BlockFormat, int] | N
             return None
         form = BlockFormat(entry["bits"], entry["block"], entry["symmetric"])
         columns = entry["columns"]
+        whole_rows = entry.get("code") == STATIC_CODE and form.block == columns and form.bits == 8
         good = (
             form.bits in (4, 8)
             and type(form.block) is int
-            and form.block >= 16
-            and form.block & (form.block - 1) == 0
+            and (whole_rows or (form.block >= 16 and form.block & (form.block - 1) == 0))
             and type(form.symmetric) is bool
             and type(columns) is int
             and isinstance(entry["name"], str)

@@ -49,11 +49,13 @@ class GraphWriter:
     """Collects nodes in order and writes `folder/<name>.onnx` (+ `<name>.onnx_data`).
 
     The bytes depend only on the calls made: names, order and values. Use as a context manager:
-    when the block fails, the data file is removed.
+    when the block fails, the data file is removed. `contrib`: whether onnxruntime's own operators
+    may occur.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, contrib: bool = True) -> None:
         self.name = name
+        self._domains = {"": OPSET, MICROSOFT: 1} if contrib else {"": OPSET}
         self._folder = folder
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
@@ -104,20 +106,26 @@ class GraphWriter:
         """A weight: written to the data file at once, so the caller may drop it."""
         if values.nbytes < SMALL:
             return self.constant(name, values)
+        dtype = helper.np_dtype_to_tensor_dtype(values.dtype)
+        return self.packed(name, dtype, values.shape, values)
+
+    def packed(self, name: str, dtype: int, shape: Sequence[int], data: NDArray[Any]) -> str:
+        """A weight of ONNX type `dtype` whose bytes are those of `data`: for types that numpy lacks."""
         if name in self._stored:
             raise ValueError(f"weight '{name}' is written twice")
-        tensor = TensorProto(name=name, dims=list(values.shape))
-        tensor.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        tensor = TensorProto(name=name, dims=list(shape), data_type=dtype)
         offset = -(-self._end // ALIGNMENT) * ALIGNMENT
         self._data.write(b"\0" * (offset - self._end))
-        self._data.write(np.ascontiguousarray(values).data)
-        self._end = offset + values.nbytes
-        self._stored[name] = _Stored(tensor, offset, values.nbytes)
+        self._data.write(np.ascontiguousarray(data).data)
+        self._end = offset + data.nbytes
+        self._stored[name] = _Stored(tensor, offset, data.nbytes)
         return name
 
     def finish(self) -> WrittenGraph:
         """Write the graph file; small graphs take their weights in. Raises ValueError on a broken graph."""
         _check_names(self._nodes, self._known(), [o.name for o in self._outputs])
+        if strange := {n.domain for n in self._nodes} - self._domains.keys():
+            raise ValueError(f"operators of {sorted(strange)} in a graph without them")
         weights = sum(s.length for s in self._stored.values())
         inline = weights <= INLINE_LIMIT
         tensors = [self._placed(s, inline) for s in self._stored.values()]
@@ -131,7 +139,7 @@ class GraphWriter:
             self._outputs,
             [*self._constants.values(), *tensors],
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid(*domain) for domain in self._domains.items()]
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medexport"
         )

@@ -15,17 +15,35 @@ from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
 from exporter.catalog.schema import TargetProfile
 from exporter.core.artifact import atomic_directory
+from exporter.core.digest import sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress
 from exporter.pipeline import stages as do
-from exporter.pipeline.calibrated import Calibration, open_calibration, quantize_calibrated
+from exporter.pipeline.budget import Budget, read_budget
+from exporter.pipeline.calibrated import (
+    Calibration,
+    claim_scratch,
+    open_calibration,
+    quantize_calibrated,
+)
+from exporter.pipeline.evaluation import (
+    REFERENCE,
+    Evaluation,
+    compare_exported,
+    open_evaluation,
+)
+from exporter.pipeline.forecast import check_scheme
+from exporter.pipeline.mixed import MixedJob, quantize_mixed
+from exporter.pipeline.outlook import check_fit
 from exporter.pipeline.request import BuildRequest
 from exporter.pipeline.resolve import Resolved, resolve
 from exporter.pipeline.stage import Artifact, Reporter, Stages
+from exporter.pipeline.static8 import quantize_static
 from exporter.pipeline.targets import choose_target
 from exporter.pipeline.tools import tool_versions
 from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import Scheme, find_scheme
+from exporter.quantizers.settings import method_settings
 from exporter.runtimes.threads import usable_cores
 
 if TYPE_CHECKING:
@@ -84,8 +102,9 @@ class _Build:
     target: TargetProfile
     schemes: Mapping[str, Scheme]
     stages: Stages
-    evaluation: do.Evaluation | None
+    evaluation: Evaluation | None
     calibration: Calibration | None
+    budget: Budget
 
     @property
     def prompt(self) -> str:
@@ -109,6 +128,12 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     found = resolve(request.model, request.weights, request.adapters, offline=request.offline)
     names = dict.fromkeys((request.scheme, *request.also))
     schemes = {n: find_scheme(found.scheme_name(n)) for n in names}
+    mixed = any(scheme.choices for scheme in schemes.values())
+    budget = read_budget(request.max_size, request.max_kl, mixed=mixed)
+    for scheme in schemes.values():
+        check_scheme(found.base.path, scheme, budget)
+    packaged = schemes[request.scheme]
+    fit = check_fit(found, packaged, target, here=request.target == "auto")
     evaluation = _evaluation(request, found) if request.compare else None
     calibration = None
     if any(scheme.calibrated for scheme in schemes.values()):
@@ -117,14 +142,15 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
             request.calibration_samples,
             request.prompt or found.profile.prompts.default,
             evaluation.images if evaluation else None,
+            seed=request.calibration_seed,
         )
     reporter.expect(count_stages(schemes.values(), compare=request.compare))
     reporter.end(
-        0.0, cached=False, note=f"{found.tensors} tensors, {found.weight_bytes / 1e6:.1f} MB"
+        0.0, cached=False, note=f"{found.tensors} tensors, {found.weight_bytes / 1e6:.1f} MB; {fit}"
     )
     request.work_folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(request.work_folder, reporter, request.resume)
-    return _run(_Build(request, found, target, schemes, stages, evaluation, calibration))
+    return _run(_Build(request, found, target, schemes, stages, evaluation, calibration, budget))
 
 
 def count_stages(schemes: Iterable[Scheme], *, compare: bool) -> int:
@@ -135,8 +161,8 @@ def count_stages(schemes: Iterable[Scheme], *, compare: bool) -> int:
     return 3 + reference + per_scheme + (3 if compare else 0)
 
 
-def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
-    return do.open_evaluation(
+def _evaluation(request: BuildRequest, found: Resolved) -> Evaluation:
+    return open_evaluation(
         request.evaluation or found.profile.evaluation,
         limit=request.limit,
         prompt=request.prompt or found.profile.prompts.default,
@@ -149,7 +175,7 @@ def _evaluation(request: BuildRequest, found: Resolved) -> do.Evaluation:
 def _run(b: _Build) -> BuildResult:
     merged = _merge(b)
     needed = b.evaluation or any(scheme.calibrated for scheme in b.schemes.values())
-    reference = _export(b, merged, do.REFERENCE) if needed else merged
+    reference = _export(b, merged, REFERENCE) if needed else merged
     quantized = {n: _quantize(b, merged, reference, scheme) for n, scheme in b.schemes.items()}
     exported = {name: _export(b, q, b.schemes[name].name) for name, q in quantized.items()}
     parity = comparison = None
@@ -176,14 +202,35 @@ def _quantize(b: _Build, merged: Artifact, reference: Artifact, scheme: Scheme) 
     if not scheme.quantizes:
         return merged
     calibration = b.calibration if scheme.calibrated else None
-    options: dict[str, Any] = {"scheme": repr(scheme)}
+    options: dict[str, Any] = {"scheme": repr(scheme), "settings": method_settings(scheme)}
+    if calibration:
+        options["calibration"] = calibration.options()
+    if scheme.choices:
+        options["budget"] = b.budget.to_json()
 
-    def make(folder: Path, progress: Progress) -> None:
+    def make(folder: Path, progress: Progress) -> str:
         if calibration is None:
             quantize_model(merged.path, folder, scheme, threads=b.threads, progress=progress)
-            return
+            return ""
         scratch = b.stages.work / f"calibration-{scheme.name}.scratch"
-        quantize_calibrated(
+        claim_scratch(scratch, sha256_json({"merged": merged.key, "options": options}))
+        if scheme.choices:
+            job = MixedJob(
+                merged=merged.path,
+                exported=reference.path,
+                out=folder,
+                scheme=scheme,
+                calibration=calibration,
+                budget=b.budget,
+                scratch=scratch,
+                threads=b.threads,
+                progress=progress,
+            )
+            note = quantize_mixed(job)
+            shutil.rmtree(scratch)
+            return note
+        quantize = quantize_static if scheme.method == "smoothquant" else quantize_calibrated
+        note = quantize(
             merged.path,
             reference.path,
             folder,
@@ -194,9 +241,8 @@ def _quantize(b: _Build, merged: Artifact, reference: Artifact, scheme: Scheme) 
             progress=progress,
         )
         shutil.rmtree(scratch)
+        return note
 
-    if calibration:
-        options["calibration"] = calibration.options()
     return b.stages.run(
         "quantize",
         make,
@@ -231,7 +277,7 @@ def _pairs(
 
 def _parity(
     b: _Build,
-    evaluation: do.Evaluation,
+    evaluation: Evaluation,
     merged: Artifact,
     fp32: Artifact,
     pairs: Mapping[str, tuple[Artifact, Artifact]],
@@ -252,12 +298,12 @@ def _parity(
 
 
 def _compare(
-    b: _Build, evaluation: do.Evaluation, reference: Artifact, exported: Mapping[str, Artifact]
+    b: _Build, evaluation: Evaluation, reference: Artifact, exported: Mapping[str, Artifact]
 ) -> Artifact:
     rows = {b.schemes[n].name: e for n, e in exported.items() if e.key != reference.key}
     return b.stages.run(
         "compare",
-        lambda folder, p: do.compare_exported(
+        lambda folder, p: compare_exported(
             reference.path,
             {name: artifact.path for name, artifact in rows.items()},
             folder,
@@ -273,7 +319,7 @@ def _compare(
     )
 
 
-def _options(evaluation: do.Evaluation) -> dict[str, Any]:
+def _options(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "set": evaluation.images.digest,
         "cases": [c.id for c in evaluation.cases],
@@ -327,7 +373,8 @@ def _lineage(b: _Build) -> Lineage:
         evaluation = Source(name=images.name, sha256=images.digest, details={"cases": cases})
     calibration = None
     if b.calibration:
-        images, details = b.calibration.images, {"cases": len(b.calibration.cases)}
+        images = b.calibration.images
+        details = {"cases": len(b.calibration.cases), **b.calibration.drawing()}
         calibration = Source(name=images.name, sha256=images.digest, details=details)
     return Lineage(
         calibration=calibration,

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.adapters.base import open_newest
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.table import family_of
+from exporter.pipeline.budget import read_budget
+from exporter.pipeline.forecast import Forecast, forecast
 from exporter.pipeline.resolve import Resolved, resolve
 from exporter.pipeline.targets import choose_target
 from exporter.quantizers.plan import LayerPlan, plan_layers
@@ -18,12 +21,17 @@ from exporter.quantizers.schemes import Scheme, find_scheme
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """The resolved inputs, the scheme and the plan of each tensor."""
+    """The resolved inputs, the scheme and the plan of each tensor.
+
+    `forecast`: of a mixed scheme, whose bits are measured; its layers are then those of the default
+    budget's uniform plan.
+    """
 
     found: Resolved
     scheme: Scheme
     target: str
     layers: tuple[LayerPlan, ...]
+    forecast: Forecast | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -46,6 +54,7 @@ class BuildPlan:
             "weight_bytes": self.weight_bytes,
             "ratio_to_float16": self.ratio,
             "layers": [asdict(layer) for layer in self.layers],
+            "mixed": self.forecast.to_json() if self.forecast else None,
         }
 
     @property
@@ -57,6 +66,12 @@ class BuildPlan:
 
     def to_text(self) -> str:
         """One closing line."""
+        if self.forecast:
+            return (
+                f"{self.found.profile.name} as {self.scheme.name} for {self.target}; the table shows "
+                f"uniform int4, the bits of each unit are chosen by measurement\n"
+                f"{self.forecast.to_text()}"
+            )
         return (
             f"{self.found.profile.name} as {self.scheme.name} for {self.target}: "
             f"{self.weight_bytes / 1e6:.1f} MB of weights, {self.ratio:.3f} of float16; "
@@ -72,26 +87,32 @@ def make_plan(
     weights: Path | None,
     adapters: Sequence[str],
     offline: bool,
+    max_size: str | None = None,
+    max_kl: float | None = None,
 ) -> BuildPlan:
     """Plan a build without converting anything. Raises what `build` would raise before its first stage."""
     machine = choose_target(target)
     found = resolve(model, weights, adapters, offline=offline)
     chosen = find_scheme(found.scheme_name(scheme))
+    budget = read_budget(max_size, max_kl, mixed=bool(chosen.choices))
     config = read_config(found.base.path / "config.json")
     family = family_of(config)
     layers = plan_layers(
-        Checkpoint.open(found.base.path),
+        open_newest(found.base.path),
         family.decoder_spec(config),
         family.tower_spec(config),
         chosen,
     )
-    return BuildPlan(found, chosen, machine.name, layers)
+    expected = forecast(found.base.path, chosen, budget) if chosen.choices else None
+    return BuildPlan(found, chosen, machine.name, layers, expected)
 
 
 def _storage(layer: LayerPlan) -> str:
     if layer.format is None:
         return "float16"
     form = layer.format
+    if layer.method == "smoothquant":
+        return f"{layer.kind}, 8 bits static, float16 where parity fails, {layer.method}"
     kind = "symmetric" if form.symmetric else "asymmetric"
     return f"{layer.kind}, {form.bits} bits, blocks of {form.block}, {kind}, {layer.method}"
 

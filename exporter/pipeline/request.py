@@ -12,7 +12,7 @@ class BuildRequest:
 
     `also` names further schemes that are built and compared but not packaged; `limit` bounds the
     number of evaluation cases (0: all); `compare` False leaves parity and comparison out, which the
-    bundle then says.
+    bundle then says. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
     """
 
     model: str
@@ -25,6 +25,9 @@ class BuildRequest:
     evaluation: str | None = None
     calibration: str | None = None
     calibration_samples: int = 128
+    calibration_seed: int = 0
+    max_size: str | None = None
+    max_kl: float | None = None
     prompt: str | None = None
     work: Path | None = None
     offline: bool = False

@@ -17,11 +17,15 @@ from exporter.core.digest import sha256_tree
 from exporter.core.errors import EnvironmentLacks, InputRefused, WrongUsage, require
 from exporter.core.modelfiles import SMALL_FILES, read_config
 from exporter.core.tensors import Checkpoint, total_bytes
+from exporter.families.base import DecoderSpec
 from exporter.families.table import FAMILIES, family_of
+from exporter.quantizers.schemes import base_name
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-# What --int4 means where a profile does not say: the method that needs no calibration images.
+# What --int4 means where a profile does not say. GPTQ has the lowest KL of all methods on both demo
+# models (docs/quantization.md); it walks Llama blocks, other decoders are rounded plainly.
 DEFAULT_SCHEMES = {"int4": "int4-rtn"}
+LLAMA_SCHEMES = {"int4": "int4-gptq"}
 GENERIC_PROMPT = "Describe the image."
 
 
@@ -47,7 +51,7 @@ class Resolved:
 
     def scheme_name(self, asked: str) -> str:
         """The scheme that `asked` stands for in this model's profile."""
-        return self.profile.schemes.get(asked) or DEFAULT_SCHEMES.get(asked, asked)
+        return scheme_named(self.profile, asked)
 
     def summary(self) -> dict[str, Any]:
         """A JSON-able form for `medexport resolve` and the reports."""
@@ -72,8 +76,9 @@ def resolve(
     is the built-in one, or the hub's (the only network access there is, and none when `offline`).
     Raises `WrongUsage`, `InputRefused` or `EnvironmentLacks`.
     """
-    profile = _folder_profile(Path(model)) if _is_model_folder(model) else find_model(model)
-    base = weights or (Path(model) if _is_model_folder(model) else _own_weights(profile, offline))
+    profile = folder_profile(Path(model)) if is_model_folder(model) else find_model(model)
+    refuse_plan_only(profile)
+    base = weights or (Path(model) if is_model_folder(model) else _own_weights(profile, offline))
     if not base.is_dir():
         raise InputRefused(f"{base}: no such folder; expected a model folder with safetensors")
     config = read_config(base / "config.json")
@@ -92,6 +97,29 @@ def resolve(
     )
 
 
+def scheme_named(profile: ModelProfile, asked: str) -> str:
+    """The scheme that `asked` stands for with this model; what follows a name (-g32) is kept."""
+    base = base_name(asked)
+    named = profile.schemes.get(base) or DEFAULT_SCHEMES.get(base, base)
+    return named + asked.removeprefix(base)
+
+
+def weights_at_hand(model: str, weights: Path | None) -> bool:
+    """Whether a checkpoint can be opened without a download: given, a folder, or shipped."""
+    if weights or is_model_folder(model):
+        return True
+    return find_model(model).builtin is not None
+
+
+def refuse_plan_only(profile: ModelProfile) -> None:
+    """Raises `WrongUsage` when no family code builds this model yet."""
+    if profile.status == "plan-only":
+        raise WrongUsage(
+            f"{profile.title} can be planned but not built yet: there is no code for the "
+            f"'{profile.family}' family; `medexport plan` works, `medexport models` lists what builds"
+        )
+
+
 def digest_model(folder: Path, checkpoint: Checkpoint) -> str:
     """Digest over a model folder's small files and weight files; other files do not count."""
     from exporter.core.digest import sha256_file, sha256_json
@@ -101,11 +129,13 @@ def digest_model(folder: Path, checkpoint: Checkpoint) -> str:
     return sha256_json({n: sha256_file(folder / n) for n in (*names, *weights)})
 
 
-def _is_model_folder(model: str) -> bool:
+def is_model_folder(model: str) -> bool:
+    """Whether `model` is a folder with a config.json rather than a profile's name."""
     return (Path(model) / "config.json").is_file()
 
 
-def _folder_profile(folder: Path) -> ModelProfile:
+def folder_profile(folder: Path) -> ModelProfile:
+    """A profile of what a model folder's config.json says. Raises `InputRefused`."""
     config = read_config(folder / "config.json")
     family = family_of(config)
     name = next(n for n, f in FAMILIES.items() if f is family)
@@ -114,8 +144,9 @@ def _folder_profile(folder: Path) -> ModelProfile:
         name=folder.resolve().name,
         title=f"model folder {folder.resolve().name}",
         family=name,
-        prompts=Prompts(default=GENERIC_PROMPT),
+        prompts=Prompts(default=getattr(family, "DEFAULT_PROMPT", GENERIC_PROMPT)),
         max_new_tokens=128,
+        schemes=LLAMA_SCHEMES if isinstance(family.decoder_spec(config), DecoderSpec) else {},
         facts=Facts(architecture=str(architectures[0]), model_type=str(config.get("model_type"))),
     )
 

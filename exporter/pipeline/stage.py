@@ -63,7 +63,8 @@ class Stages:
         """Return the finished artifact for these inputs, making it with ``make(folder, progress)``.
 
         The key covers name, version, options, the parents' keys and the tools' versions. An artifact
-        whose files are not those recorded when it was finished is made again.
+        whose files are not those recorded when it was finished is made again. Text that `make`
+        returns is reported as the stage's note.
         """
         key = sha256_json(
             {
@@ -78,13 +79,14 @@ class Stages:
         seal = self.work / f"{name}-{key[:16]}.json"
         self.reporter.begin(name, detail)
         start = time.perf_counter()
-        cached = self.resume and _is_whole(path, seal)
+        cached, said = self.resume and _is_whole(path, seal), None
         if not cached:
             _discard(path, seal)
             with atomic_directory(path) as folder:
-                make(folder, self.reporter.advance)
+                said = make(folder, self.reporter.advance)
             write_atomic(seal, canonical_json(_fingerprint(path)))
-        self.reporter.end(time.perf_counter() - start, cached)
+        note = said if isinstance(said, str) else ""
+        self.reporter.end(time.perf_counter() - start, cached, note)
         artifact = Artifact(name, path, key)
         self.done.append(artifact)
         return artifact

@@ -14,22 +14,20 @@ from exporter.adapters.merge import merge_adapters
 from exporter.bundle.manifest import Lineage, Manifest, Source, Usage
 from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
-from exporter.calibrate.sets import ImageSet, open_set
-from exporter.catalog.schema import Gate, ModelProfile
-from exporter.core.cases import Case
+from exporter.catalog.schema import ModelProfile
+from exporter.compare.tradeoff import TRADEOFF
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.core.progress import Progress, silent
-from exporter.graphs.export import export_model
+from exporter.graphs.export import Dialect, export_model
+from exporter.pipeline.evaluation import Evaluation, spread
 from exporter.pipeline.targets import choose_target
 from exporter.pipeline.tools import tool_versions
-from exporter.runtimes.threads import usable_cores
 
 if TYPE_CHECKING:
-    from exporter.compare.compare import Comparison
+    pass
 
-REFERENCE = "fp16"
 PROOF, PARITY, COMPARISON = "merge_logits.json", "parity.json", "compare.json"
 QUANTIZATION = "quantization.json"
 # Above this size the logits of the whole model are not computed a second time in torch.
@@ -60,73 +58,21 @@ def export_folder(
     *,
     accuracy_level: int,
     float32: bool = False,
+    dialect: Dialect = "ort",
     progress: Progress = silent,
 ) -> None:
     """Export a merged or quantized folder and check each graph once; keeps the layer list beside it."""
     export_model(
         source,
         out,
+        dialect=dialect,
         float_storage="float32" if float32 else "float16",
         accuracy_level=accuracy_level,
         progress=progress,
     )
-    if (source / QUANTIZATION).is_file():
-        shutil.copyfile(source / QUANTIZATION, out / QUANTIZATION)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The cases that models are run on, and how."""
-
-    images: ImageSet
-    cases: tuple[Case, ...]
-    prompt: str
-    max_new_tokens: int
-    threads: int
-    gate: Gate
-    smoke: bool
-
-
-def open_evaluation(
-    name: str,
-    *,
-    limit: int = 0,
-    prompt: str | None = None,
-    max_new_tokens: int = 64,
-    threads: int | None = None,
-    gate: Gate | None = None,
-) -> Evaluation:
-    """An image set by name or folder, its hashes checked, with `limit` of its cases (0: all).
-
-    A limited run sees every modality and is a smoke test. Without `gate` the usual margins hold.
-    """
-    images = open_set(name)
-    return Evaluation(
-        images=images,
-        cases=spread(images.cases(), limit),
-        prompt=prompt or images.prompt,
-        max_new_tokens=max_new_tokens,
-        threads=threads or usable_cores(),
-        gate=gate or Gate(),
-        smoke=limit > 0,
-    )
-
-
-def spread(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
-    """`limit` cases, as many of each modality as can be, at equal distances (0: all, in order)."""
-    if not limit or limit >= len(cases):
-        return tuple(cases)
-    queues: dict[str, list[Case]] = {}
-    for case in cases:
-        queues.setdefault(case.modality, []).append(case)
-    share = -(-limit // len(queues))
-    counts = {modality: min(share, len(q)) for modality, q in queues.items()}
-    picked = [
-        [q[i * len(q) // n] for i in range(n)]
-        for q, n in zip(queues.values(), counts.values(), strict=True)
-    ]
-    turns = [queue[i] for i in range(share) for queue in picked if i < len(queue)]
-    return tuple(turns[:limit])
+    for name in (QUANTIZATION, TRADEOFF):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def check_graphs_against_torch(
@@ -152,42 +98,6 @@ def check_graphs_against_torch(
         progress=progress,
     )
     (out / PARITY).write_bytes(canonical_json(report.to_json()))
-
-
-def compare_exported(
-    reference: Path,
-    candidates: Mapping[str, Path],
-    out: Path,
-    evaluation: Evaluation,
-    *,
-    lineage: Mapping[str, Any],
-    scratch: Path | None = None,
-    progress: Progress = silent,
-) -> Comparison:
-    """Compare exported folders with the reference; writes compare.json, cases.jsonl, report.html.
-
-    Finished processes are kept in `scratch` (by default inside `out`) until all are done, so that a
-    killed comparison goes on where it was.
-    """
-    from exporter.compare.compare import Candidate, Plan, compare_models, write_reports
-
-    rows = [Candidate(REFERENCE, reference / "model", "ort")]
-    rows += [Candidate(name, exported / "model", "ort") for name, exported in candidates.items()]
-    work = scratch or out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    comparison = compare_models(
-        rows,
-        evaluation.cases,
-        evaluation.prompt,
-        evaluation.max_new_tokens,
-        work,
-        threads=evaluation.threads,
-        progress=progress,
-        plan=Plan(gate=evaluation.gate, smoke=evaluation.smoke),
-    )
-    write_reports(comparison, out, lineage)
-    shutil.rmtree(work)
-    return comparison
 
 
 @dataclass(frozen=True)

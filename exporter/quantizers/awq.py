@@ -36,14 +36,15 @@ class FoldPair:
     """Matrices that read the same values, and what these come from.
 
     The columns of `readers` (tensor names) are multiplied by s and `source` is divided by it: a norm
-    weight ``[K]``, or the rows of a matrix. `shared`: consecutive heads of `width` columns that are
-    copies of one head of the source (grouped queries); 1 for none.
+    weight ``[K]``, or the rows of a matrix and its `bias` ("" for none). `shared`: consecutive heads of
+    `width` columns that are copies of one head of the source (grouped queries); 1 for none.
     """
 
     source: str
     readers: tuple[str, ...]
     shared: int = 1
     width: int = 0
+    bias: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def fold_pairs(spec: DecoderSpec, layer: int) -> tuple[FoldPair, ...]:
             (attention + "o_proj.weight",),
             spec.heads // spec.kv_heads,
             spec.head_dim,
+            attention + "v_proj.bias" if spec.qkv_bias else "",
         ),
         FoldPair(
             at + "post_attention_layernorm.weight",
@@ -173,10 +175,19 @@ def fold_into(source: Array, scales: Array, pair: FoldPair) -> tuple[Array, Arra
         usable = (folded != 0) & np.isfinite(folded)
         folded = np.where(usable, folded, source)
         return folded, np.divide(source, folded, out=np.ones_like(source), where=folded != 0)
-    per_row = scales
-    if pair.shared > 1:
-        per_row = scales.reshape(-1, pair.shared, pair.width)[:, 0].ravel()
-    return source / per_row[:, None], scales
+    return source / _row_scales(scales, pair)[:, None], scales
+
+
+def fold_bias(bias: Array, scales: Array, pair: FoldPair) -> Array:
+    """The bias ``[N]`` of a matrix that `fold_into` divided by `scales` ``[K]``, divided likewise."""
+    return np.asarray(bias / _row_scales(scales, pair), np.float32)
+
+
+def _row_scales(scales: Array, pair: FoldPair) -> Array:
+    """The scale of each row of the source: consecutive heads that are copies have the same."""
+    if pair.shared == 1:
+        return scales
+    return scales.reshape(-1, pair.shared, pair.width)[:, 0].ravel()
 
 
 def _per_source(values: Array, shared: int, width: int) -> Array:

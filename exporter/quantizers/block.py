@@ -17,6 +17,7 @@ from exporter.quantizers.awq import (
     FoldPair,
     awq_scales,
     clip_matrix,
+    fold_bias,
     fold_into,
     fold_pairs,
     scaled_statistics,
@@ -112,6 +113,8 @@ def _fold(pair: FoldPair, fmt: BlockFormat, stats: InputStatistics, folded: Fold
         [weights[n] for n in pair.readers], fmt, stats, shared=pair.shared, width=pair.width
     )
     weights[pair.source], exact = fold_into(weights[pair.source], chosen.scales, pair)
+    if pair.bias:
+        weights[pair.bias] = fold_bias(weights[pair.bias], exact, pair)
     for name in pair.readers:
         weights[name] = np.asarray(weights[name] * exact, np.float32)
         folded.scales[name] = exact
@@ -164,8 +167,8 @@ def _packed(
         case "rtn" | "rtn-mse":
             search = plan.method == "rtn-mse"
             return quantize_matrix(weight, fmt, search=search, name=name), {}
-        case "none":
-            raise ValueError(f"{name} is planned with a format and no method")
+        case "none" | "bnb-nf4" | "bnb-int8" | "smoothquant":
+            raise ValueError(f"{name} is planned as {plan.method}, which no block is quantized by")
 
 
 def _ratio(part: float, whole: float) -> float:

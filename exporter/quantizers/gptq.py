@@ -21,6 +21,7 @@ from exporter.core.errors import InputRefused
 from exporter.quantizers.grid import Blocks, Grid, best_grid
 from exporter.quantizers.hessian import Factor, Order, factorize
 from exporter.quantizers.packing import check_format, pack
+from exporter.quantizers.products import add_product, triangle_inverse
 from exporter.quantizers.refine import refine
 
 Array = NDArray[np.float32]
@@ -146,7 +147,7 @@ def _round_rows(
         rest = slice(here.stop, targets.shape[0])
         if rest.start < rest.stop:
             error = weights[here] - values[here]
-            targets[rest] += factor.feedback(here, rest).T @ error
+            add_product(targets[rest], factor.feedback(here, rest).T, error)
     return Rounded(weights, values, codes, grids)
 
 
@@ -156,8 +157,10 @@ def _expected(weights: Array, targets: Array, feedback: Array) -> Array:
     `targets` know the errors of earlier blocks only through their own column of the factor; that
     columns of this block follow each other is undone by the inverse of its triangle.
     """
-    inverse = np.linalg.inv(np.triu(feedback).astype("f8")).astype(np.float32)
-    return np.asarray(weights + inverse.T @ (targets - weights), np.float32)
+    inverse = triangle_inverse(feedback.astype("f8"), upper=True).astype(np.float32)
+    expected = weights.copy()
+    add_product(expected, inverse.T, targets - weights)
+    return expected
 
 
 def _nearest(x: Array, grid: Grid) -> Array:

@@ -2,9 +2,10 @@
 
 Plain rounding spreads the codes over a block's whole range (as onnxruntime's quantizer does); one
 outlier then coarsens all others. The search shrinks both ends of the range over a grid, keeps the
-pair with the least squared error, and refits the scale to the codes by least squares. Scales are
-rounded to float16, the stored type, before an error is taken, so that what is minimised is the
-error of what a runtime will compute.
+pair with the least squared error, and refits the scale to the codes by least squares. Symmetric
+blocks may get a negative scale, which puts the one code that only one side has (-8 of 4 bits) on the
+side of the larger values. Scales are rounded to float16, the stored type, before an error is taken,
+so that what is minimised is the error of what a runtime will compute.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from exporter.core.blocks import BlockFormat
 from exporter.core.errors import InputRefused
+from exporter.quantizers.products import product
 
 Array = NDArray[np.float32]
 
@@ -95,7 +97,7 @@ class Blocks:
             return x
         if self._metric.ndim == 1:
             return np.asarray(self._metric[:, None] * x, np.float32)
-        return np.asarray(self._metric @ x, np.float32)
+        return np.asarray(product(self._metric, x), np.float32)
 
 
 def best_grid(
@@ -132,9 +134,7 @@ def grid_between(bottom: Array, top: Array, fmt: BlockFormat) -> Grid:
     """The grid whose codes reach from `bottom` (not above 0) to `top` (not below 0)."""
     middle = np.float32(fmt.middle)
     if fmt.symmetric:
-        # Never negative: DequantizeLinear of other runtimes wants positive scales.
-        scale, inverse = stored(np.maximum(bottom / -middle, top / (middle - 1)))
-        return Grid(scale, inverse, np.full_like(scale, -middle), np.full_like(scale, middle - 1))
+        return _around_zero(np.maximum(bottom / -middle, top / (middle - 1)), fmt)
     last = np.float32(fmt.top)
     scale, inverse = stored((top - bottom) / last)
     low = np.ceil(bottom * inverse - HALF)
@@ -142,10 +142,19 @@ def grid_between(bottom: Array, top: Array, fmt: BlockFormat) -> Grid:
     return Grid(scale, inverse, low, low + last)
 
 
+def _around_zero(scale: Array, fmt: BlockFormat) -> Grid:
+    """The symmetric grid of a scale; a negative one has its least code at the top."""
+    middle = np.float32(fmt.middle)
+    kept, inverse = stored(scale)
+    return Grid(kept, inverse, np.full_like(kept, -middle), np.full_like(kept, middle - 1))
+
+
 def stored(scale: Array) -> tuple[Array, Array]:
-    """Scales as float16 will hold them (positive ones never become 0), and their reciprocals."""
-    kept = np.where(scale < SMALLEST_NORMAL, _multiple_of_tiniest(scale), _eleven_bits(scale))
-    inverse = np.divide(1, kept, out=np.zeros_like(kept), where=kept > 0)
+    """Scales as float16 will hold them (only 0 becomes 0), and their reciprocals (0 for 0)."""
+    size = np.abs(scale)
+    kept = np.where(size < SMALLEST_NORMAL, _multiple_of_tiniest(size), _eleven_bits(size))
+    kept = np.copysign(kept, scale)
+    inverse = np.divide(1, kept, out=np.zeros_like(kept), where=kept != 0)
     return kept, inverse
 
 
@@ -168,6 +177,14 @@ def _searched(
     data: Blocks, fmt: BlockFormat, grid: Grid, error: Array, bottom: Array, top: Array
 ) -> tuple[Grid, Array]:
     """The best grid per block over clipped ranges and refitted scales, with its error."""
+    find = _search_signs if fmt.symmetric else _search_ends
+    return _refitted(data, *find(data, fmt, grid, error, bottom, top))
+
+
+def _search_ends(
+    data: Blocks, fmt: BlockFormat, grid: Grid, error: Array, bottom: Array, top: Array
+) -> tuple[Grid, Array]:
+    """Both ends of the range shrunk alike, then each by itself."""
     one = np.ones_like(bottom)
     low, high = one, one  # fraction of each end that the best grid keeps
 
@@ -181,18 +198,34 @@ def _searched(
 
     for shrink in SHRINKS:
         attempt(one * np.float32(shrink), one * np.float32(shrink))
-    if not fmt.symmetric:
-        for step in STEPS:
-            attempt(low + np.float32(step), high)
-            attempt(low, high + np.float32(step))
-    return _refitted(data, grid, error)
+    for step in STEPS:
+        attempt(low + np.float32(step), high)
+        attempt(low, high + np.float32(step))
+    return grid, error
+
+
+def _search_signs(
+    data: Blocks, fmt: BlockFormat, grid: Grid, error: Array, bottom: Array, top: Array
+) -> tuple[Grid, Array]:
+    """Scales of both signs, of the whole range and shrunk.
+
+    The whole one with the least code on the larger side is onnxruntime's own grid.
+    """
+    unit = np.maximum(-bottom, top) / np.float32(fmt.middle)
+    for shrink in (1.0, *SHRINKS):
+        for sign in (1, -1):
+            tried = _around_zero(np.asarray(unit * np.float32(sign * shrink), np.float32), fmt)
+            found = data.error(tried)
+            better = found < error
+            grid, error = tried.chosen(better, grid), np.where(better, found, error)
+    return grid, error
 
 
 def _refitted(data: Blocks, grid: Grid, error: Array) -> tuple[Grid, Array]:
     """Replace the scale by the least-squares one for the codes, where that lowers the error."""
     wanted = data.fitted(grid)
-    # A metric that is not diagonal can ask for a scale of 0 or less: no grid at all.
-    scale, inverse = stored(np.where(wanted > 0, wanted, grid.scale))
+    # A metric that is not diagonal can ask for a scale of 0 or of the other sign: no grid at all.
+    scale, inverse = stored(np.where(wanted * grid.scale > 0, wanted, grid.scale))
     tried = replace(grid, scale=scale, inverse=inverse)
     found = data.error(tried)
     better = found < error

@@ -45,10 +45,12 @@ def guard(
 ) -> Guards:
     """Look a matrix over; `squares` ``[K]`` is each channel's mean (or summed) square.
 
-    Raises `MedexportError` naming `name` when a scale is NaN, infinite or negative.
+    Raises `MedexportError` naming `name` when a scale is NaN, infinite, or negative where the
+    format has zero points (a symmetric block may be mirrored).
     """
     scales = packed.scales
-    bad = int(np.count_nonzero(~(np.isfinite(scales) & (scales >= 0))))
+    right = np.isfinite(scales) & ((scales >= 0) | packed.format.symmetric)
+    bad = int(np.count_nonzero(~right))
     if bad:
         raise MedexportError(
             f"tensor '{name}': {bad} of {scales.size} block scales are NaN, infinite or negative; "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from exporter.core.activations import InputStatistics
 from exporter.core.errors import InputRefused
+from exporter.quantizers.products import add_product, lower_factor, product, triangle_inverse
 
 Order = Literal["none", "within", "groups"]
 
@@ -124,21 +125,22 @@ def _gathered(moment: NDArray[np.float32], order: NDArray[np.intp]) -> NDArray[A
 def _cholesky(a: NDArray[Any]) -> None:
     """Lower Cholesky factor in place of the lower half of `a`; the upper half is left as it was.
 
-    In panels, since numpy's own needs two more copies. Raises LinAlgError.
+    In panels, since a library's own needs two more copies. Raises LinAlgError.
     """
     size = a.shape[0]
     for start in range(0, size, PANEL):
         stop = min(start + PANEL, size)
-        corner = np.linalg.cholesky(a[start:stop, start:stop])
-        if not np.isfinite(corner).all():
-            raise np.linalg.LinAlgError("not positive definite")
+        corner = lower_factor(a[start:stop, start:stop])
         a[start:stop, start:stop] = corner
         if stop == size:
             return
-        a[stop:, start:stop] = a[stop:, start:stop] @ np.linalg.inv(corner).T
+        a[stop:, start:stop] = product(
+            a[stop:, start:stop], triangle_inverse(corner, upper=False).T
+        )
         for strip in range(stop, size, PANEL):
-            a[strip:, strip : strip + PANEL] -= (
-                a[strip:, start:stop] @ a[strip : strip + PANEL, start:stop].T
+            beside = a[strip : strip + PANEL, start:stop]
+            add_product(
+                a[strip:, strip : strip + PANEL], a[strip:, start:stop], beside.T, factor=-1.0
             )
 
 
@@ -147,7 +149,7 @@ def output_error(change: NDArray[np.float32], moment: NDArray[np.float32]) -> fl
     total = 0.0
     for start in range(0, change.shape[0], 1024):
         part = change[start : start + 1024]
-        total += float(np.einsum("nk,nk->", part @ moment, part, dtype="f8"))
+        total += float(np.einsum("nk,nk->", product(part, moment), part, dtype="f8"))
     return total
 
 
@@ -157,6 +159,6 @@ def mean_square(weight: NDArray[np.float32], stats: InputStatistics) -> float:
     """
     if weight.shape[1] <= MOMENT_COLUMNS or not stats.rows.size:
         return output_error(weight, stats.second_moment)
-    outputs = stats.rows @ weight.T
+    outputs = product(stats.rows, weight.T)
     total = float(np.einsum("rn,rn->", outputs, outputs, dtype="f8"))
     return total / int(stats.rows.shape[0])

@@ -86,7 +86,7 @@ def _solved(data: Blocks, grid: Grid, cost: Array, fmt: BlockFormat, settings: H
         square = np.einsum("km,km->m", steps, steps)
         fit = np.einsum("km,km->m", steps, data.values - split * scale)
         wanted = np.divide(fit, square, out=scale.copy(), where=square > 0)
-        scale, inverse = stored(np.where(wanted > 0, wanted, scale))
+        scale, inverse = stored(np.where(wanted * scale > 0, wanted, scale))
         tried = Grid(scale, inverse, -whole, np.float32(fmt.top) - whole)
         grid, cost = _better(data, tried, grid, cost, settings.p)
         beta *= settings.kappa

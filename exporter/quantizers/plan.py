@@ -5,7 +5,6 @@ Nothing unknown, nothing missing, nothing silently left in float.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,14 +13,16 @@ import numpy as np
 from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat
 from exporter.core.errors import InputRefused
 from exporter.core.header import shown
-from exporter.core.tensors import FLOATS, Checkpoint
-from exporter.families.base import DecoderSpec, Role, TensorSpec, VisionSpec
+from exporter.core.nf4 import NF4_DATA, NF4_SCALES, nf4_shapes
+from exporter.core.static8 import static_shapes
+from exporter.core.tensors import FLOATS, ITEM_BYTES, Checkpoint
+from exporter.families.base import BUFFERS, Role, TensorSpec, VisionSpec
+from exporter.families.decoder import TextDecoder
+from exporter.families.llama import require_llama
 from exporter.quantizers.packing import MIN_BLOCK, packed_bytes
-from exporter.quantizers.schemes import Method, Scheme
+from exporter.quantizers.schemes import BNB, Method, Scheme
 
 Kind = Literal["linear", "head", "embedding", "float"]
-# Buffers that older transformers saved although they follow from the config; not carried over.
-BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 UNSET = "the scheme keeps this part in float16"
 KINDS: dict[Role, Kind] = {
     "decoder": "linear",
@@ -37,7 +38,7 @@ class LayerPlan:
     """What becomes of one tensor.
 
     `format` is None for kind "float", and `reason` says why then; `bytes` is its size in the
-    quantized folder.
+    quantized folder. `turned`: the checkpoint has a quantized one as ``[columns, rows]``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerPlan:
     method: Method
     reason: str
     bytes: int
+    turned: bool = False
 
     @property
     def rows(self) -> int:
@@ -63,6 +65,15 @@ class LayerPlan:
         fmt = self.format
         if fmt is None:
             return {self.name: ("F16", self.shape)}
+        if self.method == "bnb-nf4":
+            size, maxima = nf4_shapes(self.rows, self.columns, fmt.block)
+            return {
+                self.name + NF4_DATA: ("U8", (size,)),
+                self.name + NF4_SCALES: ("F32", (maxima,)),
+            }
+        if self.method == "smoothquant":
+            shapes = static_shapes(self.rows, self.columns)
+            return {self.name + suffix: entry for suffix, entry in shapes.items()}
         blocks = -(-self.columns // fmt.block)
         found: dict[str, tuple[str, tuple[int, ...]]] = {
             self.name + QDATA: ("U8", (self.rows, blocks, fmt.block * fmt.bits // 8)),
@@ -74,14 +85,17 @@ class LayerPlan:
 
 
 def plan_layers(
-    checkpoint: Checkpoint, decoder: DecoderSpec, tower: VisionSpec, scheme: Scheme
+    checkpoint: Checkpoint, decoder: TextDecoder, tower: VisionSpec, scheme: Scheme
 ) -> tuple[LayerPlan, ...]:
     """One plan for each tensor of the checkpoint, in the order in which they will be stored.
 
     A head that is bit for bit the embedding is stored once, under the embedding's name, and has no
     row; neither have buffers that follow from the config. Raises `InputRefused` when a tensor is unknown, missing, of another shape or not floating
-    point, or when a tied head differs from the embedding.
+    point, when a tied head differs from the embedding, or when the scheme is calibrated and the
+    decoder of a kind that calibration cannot walk.
     """
+    if scheme.calibrated:
+        require_llama(decoder, f"scheme {scheme.name}")
     shared = _head_is_embedding(checkpoint, decoder)
     if decoder.tied and decoder.head in checkpoint and not shared:
         raise InputRefused(
@@ -110,7 +124,30 @@ def fit_block(columns: int, fmt: BlockFormat, *, whole: bool) -> BlockFormat | N
     return min(formats, key=lambda f: packed_bytes(1, columns, f), default=None)
 
 
-def _wanted(tensor: TensorSpec, decoder: DecoderSpec, scheme: Scheme) -> BlockFormat | None:
+def static_plan(name: str, shape: tuple[int, ...], *, turned: bool) -> LayerPlan:
+    """The plan of a vision matrix in 8 bits with a scale per row and fixed inputs."""
+    form = BlockFormat(8, shape[-1], symmetric=True)
+    plan = LayerPlan(name, "linear", shape, form, "smoothquant", "", 0, turned)
+    return replace(plan, bytes=_stored_bytes(plan))
+
+
+def fit_bnb(rows: int, columns: int, fmt: BlockFormat) -> BlockFormat | None:
+    """The form in which a ``[rows, columns]`` matrix takes a bitsandbytes format; None for none.
+
+    NF4 blocks run over the flattened matrix, and only whole ones keep their values when the graphs
+    stack matrices. Blocks of 8 bits only repeat their row's scale: the largest that divides a row.
+    """
+    if fmt.bits == 4:
+        return fmt if rows * columns % fmt.block == 0 else None
+    blocks = [fmt.block >> n for n in range(16) if fmt.block >> n >= MIN_BLOCK]
+    return next((replace(fmt, block=b) for b in blocks if columns % b == 0), None)
+
+
+def _stored_bytes(plan: LayerPlan) -> int:
+    return sum(ITEM_BYTES[kind] * int(np.prod(shape)) for kind, shape in plan.entries().values())
+
+
+def _wanted(tensor: TensorSpec, decoder: TextDecoder, scheme: Scheme) -> BlockFormat | None:
     """The format that the scheme gives a tensor by its role."""
     match tensor.role:
         case "decoder":
@@ -139,18 +176,27 @@ def _planned(
             f"{list(expected.shape)} by config.json"
         )
     reason = expected.reason or UNSET
+    shape = expected.shape[::-1] if expected.turned else expected.shape
     if fmt is not None:
-        fmt = fit_block(expected.shape[1], fmt, whole=expected.role == "embedding")
-        reason = "" if fmt else f"{expected.shape[1]} columns are no multiple of {MIN_BLOCK}"
+        rows, columns = shape
+        if scheme.method == "smoothquant" and expected.role == "vision":
+            return static_plan(expected.name, shape, turned=expected.turned)
+        if scheme.method in BNB:
+            fmt, reason = fit_bnb(rows, columns, fmt), f"{rows} x {columns} makes no whole blocks"
+        else:
+            fmt = fit_block(columns, fmt, whole=expected.role == "embedding")
+            reason = f"{columns} columns are no multiple of {MIN_BLOCK}"
     if fmt is None:
         size = 2 * int(np.prod(expected.shape))
         return LayerPlan(expected.name, "float", expected.shape, None, "none", reason, size)
-    size = packed_bytes(expected.shape[0], expected.shape[1], fmt)
     method = scheme.method_for(fmt, inputs=expected.inputs)
-    return LayerPlan(expected.name, KINDS[expected.role], expected.shape, fmt, method, "", size)
+    plan = LayerPlan(
+        expected.name, KINDS[expected.role], shape, fmt, method, "", 0, expected.turned
+    )
+    return replace(plan, bytes=_stored_bytes(plan))
 
 
-def _head_is_embedding(checkpoint: Checkpoint, decoder: DecoderSpec) -> bool:
+def _head_is_embedding(checkpoint: Checkpoint, decoder: TextDecoder) -> bool:
     """Whether the checkpoint holds a head whose bytes are the embedding's."""
     if decoder.head not in checkpoint or decoder.embedding not in checkpoint:
         return False
@@ -168,5 +214,5 @@ def _refuse_strangers(checkpoint: Checkpoint, names: set[str]) -> None:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise InputRefused(
                 f"{len(found)} tensors are {what}: {', '.join(map(shown, found[:3]))}{more}; "
-                "expected exactly those that config.json describes"
+                "expected exactly those that config.json describes, as `medexport merge` names them"
             )

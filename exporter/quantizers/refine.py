@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from exporter.quantizers.grid import Grid, stored
 from exporter.quantizers.hessian import Factor
+from exporter.quantizers.products import product
 
 Array = NDArray[np.float32]
-
-# Columns of one product: with a short inner axis the sum does not depend on how BLAS splits it.
-INNER = 256
 
 
 class Work(Protocol):
@@ -53,7 +51,7 @@ def refine(work: Work, moment: Array, factor: Factor, sweeps: int) -> None:
         for index, group in enumerate(factor.groups):
             columns = factor.order[group]
             rows = moment[columns][:, factor.order]
-            pull = _product(rows, errors) + np.float32(factor.damping) * errors[group]
+            pull = product(rows, errors) + np.float32(factor.damping) * errors[group]
             inside = np.ascontiguousarray(rows[:, group])
             inside.flat[:: inside.shape[0] + 1] += np.float32(factor.damping)
             grid = _rescaled(work.codes[group], work.grids[index], errors[group], pull, inside)
@@ -63,21 +61,14 @@ def refine(work: Work, moment: Array, factor: Factor, sweeps: int) -> None:
             np.subtract(work.weights[group], work.values[group], out=errors[group])
 
 
-def _product(a: Array, b: Array) -> Array:
-    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
-    for start in range(0, b.shape[0], INNER):
-        total += a[:, start : start + INNER] @ b[start : start + INNER]
-    return total
-
-
 def _rescaled(codes: Array, grid: Grid, errors: Array, pull: Array, inside: Array) -> Grid:
     """The grid with the best scale for these codes; `errors` and `pull` are brought up to date."""
-    weighted = inside @ codes
+    weighted = product(inside, codes)
     square = np.einsum("km,km->m", codes, weighted)
     slope = np.einsum("km,km->m", codes, pull)
     step = np.divide(slope, square, out=np.zeros_like(slope), where=square > 0)
     wanted = grid.scale + step
-    scale, inverse = stored(np.where(wanted > 0, wanted, grid.scale))
+    scale, inverse = stored(np.where(wanted * grid.scale > 0, wanted, grid.scale))
     step = scale - grid.scale
     # Change of the error by a step of the scale; rounding to float16 may have spoilt it.
     better = step * step * square < 2 * step * slope

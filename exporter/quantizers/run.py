@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.artifact import need_space
-from exporter.core.blocks import QDATA, SCALES, ZEROS, PackedMatrix
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, MedexportError, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
+from exporter.families.config import with_tied
 from exporter.families.table import family_of
+from exporter.quantizers.bnb import BnbMatrices
 from exporter.quantizers.guards import guard
 from exporter.quantizers.hqq import hqq_rows
 from exporter.quantizers.plan import LayerPlan, plan_layers
+from exporter.quantizers.ready import ReadyTensor, ReadyTensors, packed_tensors
 from exporter.quantizers.rtn import QuantizedMatrix, join_rows, quantize_rows, row_chunks
-from exporter.quantizers.schemes import Scheme
+from exporter.quantizers.schemes import BNB, Scheme
+from exporter.quantizers.settings import method_settings
 
 REPORT = "quantization.json"
 SCHEMA = 1
@@ -47,7 +50,7 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was written: `layers` quantized, `floats` kept with a reason.
+    """What was written: `layers` quantized, `floats` kept with a reason; `settings` by method.
 
     `source_bytes` and `stored_bytes` are those of all tensors before and after.
     """
@@ -57,32 +60,17 @@ class QuantizationReport:
     floats: tuple[LayerPlan, ...]
     source_bytes: int
     stored_bytes: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """The content of quantization.json."""
         return {
             "schema": SCHEMA,
             "scheme": self.scheme,
+            "settings": dict(self.settings),
             "layers": [_layer_row(layer) for layer in self.layers],
             "floats": [{"name": f.name, "reason": f.reason, "bytes": f.bytes} for f in self.floats],
         }
-
-
-@dataclass(frozen=True)
-class ReadyTensor:
-    """A tensor of the checkpoint that was quantized (or changed) before: what stores it, by name."""
-
-    stored: Mapping[str, NDArray[Any]]
-    relative_error: float
-    notes: Mapping[str, Any]
-
-
-class ReadyTensors(Protocol):
-    """Gives those of the plan's tensors that need no more work."""
-
-    def take(self, plan: LayerPlan) -> ReadyTensor | None:
-        """The finished tensor, or None when it is quantized here."""
-        ...
 
 
 def quantize_model(
@@ -104,7 +92,8 @@ def quantize_model(
             f"scheme {scheme.name} needs calibration images; use `medexport build`, or int4-hqq or "
             "int4-rtn here"
         )
-    return write_model(source, out, scheme, None, threads=threads, progress=progress)
+    ready = BnbMatrices(Checkpoint.open(source)) if scheme.method in BNB else None
+    return write_model(source, out, scheme, ready, threads=threads, progress=progress)
 
 
 def write_model(
@@ -113,31 +102,64 @@ def write_model(
     scheme: Scheme,
     ready: ReadyTensors | None,
     *,
+    plan: Sequence[LayerPlan] | None = None,
     threads: int,
     progress: Progress = silent,
 ) -> QuantizationReport:
-    """As `quantize_model`, with the tensors that `ready` has taken from there."""
+    """As `quantize_model`, with the tensors that `ready` has taken from there.
+
+    `plan` is the scheme's own unless given.
+    """
     config = read_config(source / "config.json")
     if (source / REPORT).exists():
         raise InputRefused(f"{source}: already quantized ({REPORT}); expected a float model")
     family, checkpoint = family_of(config), Checkpoint.open(source)
     decoder = family.decoder_spec(config)
-    plan = plan_layers(checkpoint, decoder, family.tower_spec(config), scheme)
+    plan = plan or plan_layers(checkpoint, decoder, family.tower_spec(config), scheme)
     need_space(out, sum(p.bytes for p in plan) + (64 << 20))
     copy_small_files(source, out)
     if not decoder.tied and all(p.name != decoder.head for p in plan):
         # The head is the embedding and is stored once: readers learn it from the config.
-        config["tie_word_embeddings"] = True
-        (out / "config.json").write_bytes(canonical_json(config))
+        (out / "config.json").write_bytes(canonical_json(with_tied(config, True)))
+    report = write_planned(
+        checkpoint,
+        plan,
+        out,
+        scheme.name,
+        settings=method_settings(scheme),
+        ready=ready,
+        threads=threads,
+        progress=progress,
+    )
+    source_bytes = total_bytes(checkpoint.tensors.values())
+    return replace(report, source_bytes=source_bytes)
+
+
+def write_planned(
+    checkpoint: Checkpoint,
+    plan: Sequence[LayerPlan],
+    out: Path,
+    scheme: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    ready: ReadyTensors | None = None,
+    threads: int,
+    progress: Progress = silent,
+) -> QuantizationReport:
+    """Write model.safetensors and quantization.json for the tensors of `plan` alone.
+
+    Raises `MedexportError` when what was written is not what was planned.
+    """
     path = out / "model.safetensors"
     layers = _write_tensors(checkpoint, plan, ready, path, threads, progress)
     _check_written(out, plan)
     report = QuantizationReport(
-        scheme.name,
+        scheme,
         tuple(layers[p.name] for p in plan if p.format),
         tuple(p for p in plan if not p.format),
-        total_bytes(checkpoint.tensors.values()),
+        total_bytes(checkpoint.info(p.name) for p in plan),
         sum(p.bytes for p in plan),
+        settings or {},
     )
     (out / REPORT).write_bytes(canonical_json(report.document()))
     return report
@@ -204,6 +226,8 @@ def _started(
             yield _Pending(layer, [], np.empty(0), given)
             continue
         values = checkpoint.raw(layer.name)
+        if layer.turned:
+            values = np.ascontiguousarray(values.T)
         dtype = checkpoint.info(layer.name).dtype
         if dtype == "BF16":
             values = to_float32(values, dtype)
@@ -214,8 +238,8 @@ def _started(
 
 
 def _quantize_part(values: NDArray[Any], layer: LayerPlan) -> _Part:
-    if layer.format is None:
-        raise ValueError(f"{layer.name} is not quantized")
+    if layer.format is None or layer.method == "smoothquant":
+        raise ValueError(f"{layer.name} is not quantized here")
     if layer.method == "hqq":
         matrix = hqq_rows(values, layer.format, name=layer.name)
     else:
@@ -233,14 +257,6 @@ def _write_parts(writer: SafetensorsWriter, pending: _Pending) -> QuantizedLayer
     for key, array in packed_tensors(name, result.packed).items():
         writer.write(key, array)
     return QuantizedLayer(pending.plan, result.relative_error, guards.document())
-
-
-def packed_tensors(name: str, packed: PackedMatrix) -> dict[str, NDArray[Any]]:
-    """The tensors that store a matrix, by name, in the order of `LayerPlan.entries`."""
-    stored: dict[str, NDArray[Any]] = {name + QDATA: packed.qdata, name + SCALES: packed.scales}
-    if packed.zero_points is not None:
-        stored[name + ZEROS] = packed.zero_points
-    return stored
 
 
 def _read_ahead(started: Iterator[_Pending]) -> Iterator[_Pending]:
@@ -293,5 +309,6 @@ def _layer_row(layer: QuantizedLayer) -> dict[str, Any]:
         "method": plan.method,
         "relative_error": layer.relative_error,
         "bytes": plan.bytes,
+        **({"turned": True} if plan.turned else {}),
         **layer.notes,
     }

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from exporter.core.blocks import BlockFormat
 from exporter.core.errors import WrongUsage
+from exporter.core.nf4 import NF4_BLOCK
 
-Method = Literal["none", "rtn", "rtn-mse", "hqq", "gptq", "awq", "awq+gptq"]
-# Methods that need the inputs of each layer; a scheme uses them on the decoder's linear layers.
-CALIBRATED: frozenset[Method] = frozenset({"gptq", "awq", "awq+gptq"})
+Method = Literal[
+    "none", "rtn", "rtn-mse", "hqq", "gptq", "awq", "awq+gptq", "bnb-nf4", "bnb-int8", "smoothquant"
+]
+DIALECTS = ("ort", "standard")
+# What may stand behind a row's name: another form of its 4-bit blocks.
+GROUP_SIZES = (32, 64, 128)
+SUFFIX = re.compile(r"-(?:g(?P<group>\d+)|(?P<sign>sym|asym))$", re.ASCII)
+# Methods that need the inputs of each layer; a scheme uses them on the decoder's linear layers, but
+# "smoothquant" on those of the vision part.
+CALIBRATED: frozenset[Method] = frozenset({"gptq", "awq", "awq+gptq", "smoothquant"})
+# bitsandbytes' own storage, whatever the bits.
+BNB: frozenset[Method] = frozenset({"bnb-nf4", "bnb-int8"})
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,8 @@ class Scheme:
     `decoder` and `vision` are for linear layers. `method` holds for formats below 8 bits; 8-bit
     matrices are rounded plainly, since clipping lowers their error by about one per cent. Parts for
     which a calibrated method has no inputs (all but the decoder's layers) are clipped instead.
+    `choices`: formats among which (and float16) a budget chooses for each unit; the parts' own
+    formats are then what the default budget allows.
     """
 
     name: str
@@ -30,6 +43,7 @@ class Scheme:
     embedding: BlockFormat | None
     vision: BlockFormat | None
     method: Method
+    choices: tuple[BlockFormat, ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -43,7 +57,7 @@ class Scheme:
 
     def method_for(self, fmt: BlockFormat, *, inputs: bool) -> Method:
         """How a matrix of that format is quantized; `inputs`: calibration sees its inputs."""
-        if fmt.bits == 8:
+        if fmt.bits == 8 and self.method not in BNB:
             return "rtn"
         return "rtn-mse" if self.calibrated and not inputs else self.method
 
@@ -57,6 +71,9 @@ INT8 = BlockFormat(bits=8, block=128, symmetric=True)
 INT4 = BlockFormat(bits=4, block=64, symmetric=False)
 # Where bytes come first: SmolVLM-500M, whose head is its own, then takes 0.316 of its float16 bytes.
 INT4_SMALL = BlockFormat(bits=4, block=128, symmetric=False)
+# NF4 has 16 values of its own and a maximum per block; LLM.int8() one per row, which blocks repeat.
+NF4 = BlockFormat(bits=4, block=NF4_BLOCK, symmetric=True)
+BNB_INT8 = BlockFormat(bits=8, block=256, symmetric=True)
 
 
 def _four_bits(name: str, method: Method, how: str) -> Scheme:
@@ -82,14 +99,160 @@ _ROWS = (
         INT8,
         "rtn-mse",
     ),
+    Scheme(
+        "mixed",
+        "4 or 8 bits or float16 for each unit by its measured sensitivity, to --max-size or --max-kl",
+        INT4,
+        INT8,
+        INT8,
+        INT8,
+        "gptq",
+        (INT4, INT8),
+    ),
+    Scheme(
+        "int8-static",
+        "as int8; the vision part multiplies in 8 bits, its inputs too (SmoothQuant, ranges calibrated)",
+        INT8,
+        INT8,
+        INT8,
+        INT8,
+        "smoothquant",
+    ),
+    Scheme(
+        "bnb-nf4",
+        "linear layers in bitsandbytes' NF4, the rest float16",
+        NF4,
+        None,
+        None,
+        NF4,
+        "bnb-nf4",
+    ),
+    Scheme(
+        "bnb-int8",
+        "linear layers in bitsandbytes' int8 (LLM.int8() weights), the rest float16",
+        BNB_INT8,
+        None,
+        None,
+        BNB_INT8,
+        "bnb-int8",
+    ),
 )
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
 def find_scheme(name: str) -> Scheme:
-    """The scheme called `name`. Raises `WrongUsage` with the nearest names when there is none."""
-    if name in SCHEMES:
-        return SCHEMES[name]
-    near = difflib.get_close_matches(name.lower(), SCHEMES, n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SCHEMES)}."
-    raise WrongUsage(f"no scheme '{name}'; {hint} `medexport schemes` lists all")
+    """The scheme called `name`: a row of `SCHEMES`, or a row's name with another form of its 4-bit
+    blocks behind it, as in ``int4-gptq-g32-sym``.
+
+    A form that is the row's own leaves no trace in the name. Raises `WrongUsage` with the nearest
+    names when there is no such row, and when the row has no 4-bit blocks of ours.
+    """
+    base, group, symmetric = _split_name(name)
+    if base not in SCHEMES:
+        near = difflib.get_close_matches(base.lower(), SCHEMES, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SCHEMES)}."
+        raise WrongUsage(f"no scheme '{name}'; {hint} `medexport schemes` lists all")
+    row = SCHEMES[base]
+    return row if group is symmetric is None else _reshaped(row, group, symmetric)
+
+
+def variant_name(name: str, group_size: int | None, symmetric: bool | None) -> str:
+    """The name that asks `find_scheme` for the scheme `name` with these 4-bit blocks (None: as is)."""
+    base, group, sign = _split_name(name)
+    return _joined(
+        base, group_size if group_size else group, sign if symmetric is None else symmetric
+    )
+
+
+def base_name(name: str) -> str:
+    """A scheme's name without the form of its 4-bit blocks."""
+    return _split_name(name)[0]
+
+
+def refuse_for_dialect(scheme: Scheme, dialect: str) -> None:
+    """Raises `WrongUsage` when graphs of `dialect` cannot hold what `scheme` stores.
+
+    The `standard` dialect has DequantizeLinear with zero point 0 and nothing of onnxruntime's own.
+    """
+    if dialect not in DIALECTS:
+        raise WrongUsage(f"no dialect '{dialect}'; expected {' or '.join(DIALECTS)}")
+    if dialect != "standard":
+        return
+    if scheme.method == "bnb-nf4":
+        raise WrongUsage(
+            "scheme bnb-nf4 stores NF4, which only onnxruntime's MatMulBnb4 reads; the standard "
+            "dialect takes integers: choose another scheme, or --dialect ort"
+        )
+    if scheme.method == "smoothquant":
+        raise WrongUsage(
+            f"scheme {scheme.name} codes inputs around a zero point, which the standard dialect does "
+            "not have: use int8, or --dialect ort"
+        )
+    parts = {
+        "decoder": scheme.decoder,
+        "head": scheme.head,
+        "embedding": scheme.embedding,
+        "vision part": scheme.vision,
+    }
+    asymmetric = [name for name, fmt in parts.items() if fmt and not fmt.symmetric]
+    if asymmetric:
+        raise WrongUsage(
+            f"scheme {scheme.name} stores asymmetric blocks ({', '.join(asymmetric)}); the standard "
+            "dialect takes symmetric ones only: add --symmetric, or use --dialect ort"
+        )
+
+
+def _split_name(name: str) -> tuple[str, int | None, bool | None]:
+    """A row's name, and what the suffixes behind it say of block and symmetry; the last one counts."""
+    group: int | None = None
+    symmetric: bool | None = None
+    while name not in SCHEMES and (found := SUFFIX.search(name)):
+        name = name[: found.start()]
+        if found["group"] and group is None:
+            group = int(found["group"])
+        if found["sign"] and symmetric is None:
+            symmetric = found["sign"] == "sym"
+    return name, group, symmetric
+
+
+def _joined(base: str, group: int | None, symmetric: bool | None) -> str:
+    sign = "" if symmetric is None else "-sym" if symmetric else "-asym"
+    return base + (f"-g{group}" if group else "") + sign
+
+
+def _reshaped(row: Scheme, group: int | None, symmetric: bool | None) -> Scheme:
+    """`row` with its 4-bit blocks of `group` values and of that symmetry, named for what differs."""
+    if group not in (None, *GROUP_SIZES):
+        raise WrongUsage(
+            f"blocks of {group} values; expected {', '.join(map(str, GROUP_SIZES[:-1]))} or "
+            f"{GROUP_SIZES[-1]}"
+        )
+    own = {f for f in (row.decoder, row.head, row.embedding, row.vision) if f and f.bits == 4}
+    if not own or row.method in BNB:
+        raise WrongUsage(
+            f"scheme {row.name} has no 4-bit blocks of ours; --group-size and --symmetric are about these: "
+            "leave them out, or take a 4-bit scheme"
+        )
+
+    def changed(fmt: BlockFormat | None) -> BlockFormat | None:
+        if fmt is None or fmt.bits != 4:
+            return fmt
+        sign = fmt.symmetric if symmetric is None else symmetric
+        return BlockFormat(4, group or fmt.block, sign)
+
+    if all(changed(fmt) == fmt for fmt in own):
+        return row
+    name = _joined(
+        row.name,
+        group if {f.block for f in own} != {group} else None,
+        symmetric if {f.symmetric for f in own} != {symmetric} else None,
+    )
+    return replace(
+        row,
+        name=name,
+        decoder=changed(row.decoder),
+        head=changed(row.head),
+        embedding=changed(row.embedding),
+        vision=changed(row.vision),
+        choices=tuple(c for c in map(changed, row.choices) if c),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.activations import InputStatistics
-from exporter.core.artifact import partial_path, write_atomic
+from exporter.core.artifact import partial_path, publish, write_atomic
 from exporter.core.blocks import QDATA, SCALES, ZEROS, PackedMatrix, dequantize
 from exporter.core.digest import canonical_json, sha256_file
 from exporter.core.errors import InputRefused
@@ -23,13 +22,8 @@ from exporter.families.base import DecoderSpec
 from exporter.quantizers.block import BlockResult, quantize_block
 from exporter.quantizers.gptq import GptqSettings
 from exporter.quantizers.plan import LayerPlan
-from exporter.quantizers.run import (
-    QuantizationReport,
-    ReadyTensor,
-    as_float16,
-    packed_tensors,
-    write_model,
-)
+from exporter.quantizers.ready import ReadyTensor, packed_tensors
+from exporter.quantizers.run import QuantizationReport, as_float16, write_model
 from exporter.quantizers.schemes import Scheme
 
 SCHEMA = 1
@@ -61,7 +55,7 @@ class BlockStore:
         ) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-        os.replace(partial, path)
+        publish(partial, path)
         rows = {
             name: {"relative_error": result.errors[name], "notes": result.notes[name]}
             for name in result.packed
@@ -197,12 +191,14 @@ def assemble(
     spec: DecoderSpec,
     store: BlockStore,
     *,
+    plan: Sequence[LayerPlan] | None = None,
     threads: int,
     progress: Progress = silent,
 ) -> QuantizationReport:
     """Write the quantized folder into the empty `out`: the blocks of `store`, all else from `source`.
 
-    Raises `InputRefused` when a block is missing, and as `quantize_model` does.
+    `plan` is the one that the blocks were made by, the scheme's own unless given. Raises
+    `InputRefused` when a block is missing, and as `quantize_model` does.
     """
     ready = _StoredBlocks(store, spec)
-    return write_model(source, out, scheme, ready, threads=threads, progress=progress)
+    return write_model(source, out, scheme, ready, plan=plan, threads=threads, progress=progress)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+
+# What the vision graph gives: rows ``[rows, hidden]`` for the places of the image tokens, or, for a
+# decoder with cross-attention, its keys and values ``[1, heads, rows, head_dim]`` by the graphs' names.
+Features = NDArray[np.float32] | Mapping[str, NDArray[np.float32]]
+
+
+def feature_rows(features: Features) -> NDArray[np.float32]:
+    """Features as rows: cross keys and values side by side, ``[rows, layers * 2 * hidden]``."""
+    if not isinstance(features, Mapping):
+        return features
+    parts = [np.swapaxes(part[0], 0, 1).reshape(part.shape[2], -1) for part in features.values()]
+    return np.concatenate(parts, axis=1)
 
 
 @dataclass(frozen=True)

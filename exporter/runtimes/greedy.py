@@ -84,7 +84,10 @@ def forced_inputs(
 
 def image_places(preparer: Preparer, inputs: PromptInputs, rows: int) -> NDArray[np.bool_]:
     """Where in the prompt the `rows` feature rows go. Raises `InputRefused` when the counts differ."""
-    places: NDArray[np.bool_] = inputs.input_ids == preparer.image_token_id
+    image = preparer.image_token_id
+    if image is None:
+        raise ValueError("the image does not stand in this model's prompt")
+    places: NDArray[np.bool_] = inputs.input_ids == image
     if int(places.sum()) != rows:
         raise InputRefused(
             f"the vision part gives {rows} rows of features for {int(places.sum())} image tokens; "

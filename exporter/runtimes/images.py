@@ -1,4 +1,4 @@
-"""Opens untrusted image files: PNG, JPEG, TIFF, BMP, WebP and GIF, one frame, bounded."""
+"""Opens untrusted image files: PNG, JPEG, TIFF, BMP, WebP, GIF and DICOM, one frame, bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from exporter.core.errors import EnvironmentLacks, InputRefused
+from exporter.core.errors import InputRefused
+from exporter.runtimes.dicom import is_dicom, read_dicom
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
@@ -23,12 +24,13 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Gray of 16 bits is scaled from 0..65535 to 0..255 (values are not windowed: a 12-bit picture
     stored in the low bits stays dark; transparency is put on white). The number of pixels is checked
     in the header, before anything is decoded. A file of several frames is refused: which one is
-    meant must be said, by exporting it.
+    meant must be said, by exporting it. DICOM is windowed as a viewer shows it (`runtimes.dicom`).
 
     Raises `InputRefused` when it is no such image, too large, damaged, of several frames or of more
-    than 16 bits; `EnvironmentLacks` for DICOM.
+    than 16 bits; `EnvironmentLacks` for DICOM without pydicom.
     """
-    _refuse_dicom(path)
+    if is_dicom(path):
+        return read_dicom(path, max_pixels=max_pixels)
     try:
         with warnings.catch_warnings():
             # Pillow's own limit warns or raises by module-wide settings; ours is checked below.
@@ -49,19 +51,6 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise InputRefused(
             f"{path}: damaged image ({' '.join(str(error).split())[:200]}); save it again"
         ) from error
-
-
-def _refuse_dicom(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(132)
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}; expected an image file") from error
-    if start[128:] == b"DICM":
-        raise EnvironmentLacks(
-            f"{path}: a DICOM file; the extra medexport[dicom] is for those and this version does not "
-            "read them yet: export the frame as PNG"
-        )
 
 
 def _check(path: Path, image: Image.Image, max_pixels: int) -> None:

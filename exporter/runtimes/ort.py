@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ from PIL.Image import Image
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Preparer, PromptInputs
 from exporter.families.table import family_of
-from exporter.runtimes.base import Caption
-from exporter.runtimes.greedy import forced_inputs, greedy_caption, image_places
+from exporter.families.visible import VisibleImages
+from exporter.runtimes.base import Caption, Features
+from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
 from exporter.runtimes.ort_decoder import Decoder, DecoderRun
 from exporter.runtimes.ort_session import open_session
 from exporter.runtimes.threads import usable_cores
@@ -59,19 +60,25 @@ class OrtEngine:
         self._preparer = preparer
         self._run: DecoderRun | None = None
 
-    def features(self, inputs: PromptInputs) -> NDArray[np.float32]:
-        """Feature rows ``[rows, hidden]`` of all runs, in the order of the image tokens."""
+    def features(self, inputs: PromptInputs) -> Features:
+        """Feature rows ``[rows, hidden]`` of all runs, in the order of the image tokens; or the cross
+        keys and values of one image.
+        """
+        names = self.decoder.cross
+        if names:
+            (feed,) = inputs.vision
+            return dict(zip(names, self.vision.run(names, dict(feed)), strict=True))
         runs = (self.vision.run(["image_features"], dict(feed))[0] for feed in inputs.vision)
         rows = [np.asarray(r).reshape(-1, np.shape(r)[-1]) for r in runs]
         return np.concatenate(rows)
 
     def prefill(
-        self, inputs: PromptInputs, features: NDArray[np.float32], capacity: int
+        self, inputs: PromptInputs, features: Features, capacity: int
     ) -> NDArray[np.float32]:
         """Logits ``[vocab]`` after the prompt; buffers for `capacity` positions are allocated."""
         self._run = None  # frees the last text's buffers before new ones are allocated
-        self._run = self.decoder.start(capacity, keep=1)
-        last: NDArray[np.float32] = self._run.feed(self._merged(inputs, features))[-1]
+        self._run, embeds = self._begin(inputs, features, capacity, 1)
+        last: NDArray[np.float32] = self._run.feed(embeds)[-1]
         return last
 
     def step(self, token: int) -> NDArray[np.float32]:
@@ -82,11 +89,24 @@ class OrtEngine:
         return last
 
     def forced(
-        self, inputs: PromptInputs, features: NDArray[np.float32], tokens: Sequence[int]
+        self, inputs: PromptInputs, features: Features, tokens: Sequence[int]
     ) -> NDArray[np.float32]:
         """Logits ``[len(tokens) + 1, vocab]`` from one pass over prompt and `tokens`."""
-        run = self.decoder.start(len(inputs.input_ids) + len(tokens), keep=len(tokens) + 1)
-        return run.feed(np.concatenate([self._merged(inputs, features), self._embedded(tokens)]))
+        length, keep = len(inputs.input_ids) + len(tokens), len(tokens) + 1
+        run, embeds = self._begin(inputs, features, length, keep)
+        return run.feed(np.concatenate([embeds, self._embedded(tokens)]))
+
+    def _begin(
+        self, inputs: PromptInputs, features: Features, capacity: int, keep: int
+    ) -> tuple[DecoderRun, NDArray[np.float32]]:
+        """A new text, and the embeddings of its prompt."""
+        positions = Positions(inputs)
+        if isinstance(features, Mapping):
+            visible = VisibleImages(inputs.image_mask)
+            run = self.decoder.start(capacity, keep, positions, features, visible)
+            return run, self._embedded(inputs.input_ids)
+        run = self.decoder.start(capacity, keep, positions, prefix_length=inputs.prefix_length)
+        return run, self._merged(inputs, features)
 
     def _embedded(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings ``[length, hidden]`` of token ids."""

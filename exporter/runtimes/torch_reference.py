@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from PIL.Image import Image
 from exporter.core.errors import InputRefused, require
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import read_header
-from exporter.families.base import Family, Preparer, PromptInputs
+from exporter.families.base import CrossFamily, Family, Preparer, PromptInputs
 from exporter.families.table import family_of
+from exporter.families.torch_classes import class_name, torch_class
 from exporter.runtimes.base import Caption
 from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
 from exporter.runtimes.quiet import quiet_transformers
@@ -86,8 +87,7 @@ class TorchEngine:
         capacity: int,  # noqa: ARG002 (torch's cache grows by itself)
     ) -> NDArray[np.float32]:
         """Logits ``[vocab]`` after the prompt."""
-        self._cache, self._positions = None, Positions(inputs)
-        last: NDArray[np.float32] = self._append(self._merged(inputs, features), 1)[-1]
+        last: NDArray[np.float32] = self._append(self._begun(inputs, features), 1)[-1]
         return last
 
     def step(self, token: int) -> NDArray[np.float32]:
@@ -101,9 +101,20 @@ class TorchEngine:
         """Logits ``[len(tokens) + 1, vocab]`` from one pass over prompt and `tokens`."""
         import torch
 
-        self._cache, self._positions = None, Positions(inputs)
-        embeds = torch.cat([self._merged(inputs, features), self._embedded(tokens)])
+        embeds = torch.cat([self._begun(inputs, features), self._embedded(tokens)])
         return self._append(embeds, len(tokens) + 1)
+
+    def _begun(self, inputs: PromptInputs, features: torch.Tensor) -> torch.Tensor:
+        """Begin a new text behind an image; returns the embeddings of its prompt."""
+        import torch
+
+        self._cache, self._positions = None, Positions(inputs)
+        if self._preparer.image_token_id is not None:
+            return self._merged(inputs, features)
+        with torch.inference_mode():
+            family = cast(CrossFamily, self._family)
+            self._cache = family.torch_start(self._model, features, inputs)
+        return self._embedded(inputs.input_ids)
 
     def _embedded(self, ids: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         import torch
@@ -132,7 +143,7 @@ class TorchEngine:
             hidden, self._cache = self._family.torch_append(
                 self._model, embeds, self._cache, places
             )
-            logits = self._model.lm_head(hidden[-keep:])
+            logits = self._model.get_output_embeddings()(hidden[-keep:])
         rows: NDArray[np.float32] = logits.numpy()
         return rows
 
@@ -151,17 +162,23 @@ def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
     head tied to the embedding), unknown, or of another shape.
     """
     import torch
-    import transformers
 
-    expected = family_of(config).TORCH_CLASSES[config["model_type"]]
+    tensors = {name: torch.from_numpy(array) for name, array in float_tensors(model_dir)}
+    return model_of(model_dir, config, tensors)
+
+
+def model_of(model_dir: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    """`load_model` from float32 torch tensors by name; `model_dir` is for the errors."""
+    import torch
+
+    expected = class_name(config)
     declared = config.get("architectures") or [expected]
     if declared != [expected]:
         raise InputRefused(
             f"{model_dir / 'config.json'}: architectures is {declared!r}, model_type "
             f"{config['model_type']!r}; expected [{expected!r}]"
         )
-    tensors = {name: torch.from_numpy(array) for name, array in float_tensors(model_dir)}
-    kind = getattr(transformers, expected)
+    kind = torch_class(config)
     parsed = kind.config_class.from_dict(
         {
             k: v

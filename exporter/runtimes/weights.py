@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,26 @@ from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.core.nf4 import NF4_DATA, NF4_SCALES, Nf4Matrix, dequantize_nf4, nf4_shapes
-from exporter.core.tensors import Checkpoint
+from exporter.core.static8 import (
+    CODES,
+    INPUT_SCALE,
+    INPUT_ZERO,
+    ROW_SCALES,
+    STATIC_CODE,
+    StaticMatrix,
+    dequantize_static,
+    static_shapes,
+)
+from exporter.core.tensors import FLOATS, Checkpoint
+from exporter.families.base import BUFFERS
 
 QUANTIZATION = "quantization.json"
+# What stands beside the codes of a matrix.
+REST = (SCALES, ZEROS, NF4_SCALES, ROW_SCALES, INPUT_SCALE, INPUT_ZERO)
 
 
 def float_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (checkpoint name, float32 array) for each tensor of a float or quantized model folder.
+    """Yield (checkpoint name, float32 array) for each weight of a float or quantized model folder.
 
     Raises `InputRefused` when quantization.json and the tensors disagree.
     """
@@ -30,11 +43,23 @@ def float_tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         if dot + suffix == QDATA:
             if base not in layers:
                 raise InputRefused(f"{folder}: '{base}' is quantized and not in {QUANTIZATION}")
-            yield base, dequantize(packed_matrix(checkpoint, base, layers[base]))
+            found = dequantize(packed_matrix(checkpoint, base, layers[base]))
+            yield base, _as_stored(found, layers[base])
         elif dot + suffix == NF4_DATA:
-            yield base, dequantize_nf4(nf4_matrix(checkpoint, base, layers.get(base, {})))
-        elif dot + suffix not in (SCALES, ZEROS, NF4_SCALES) or base not in layers:
+            layer = layers.get(base, {})
+            yield base, _as_stored(dequantize_nf4(nf4_matrix(checkpoint, base, layer)), layer)
+        elif dot + suffix == CODES:
+            row = layers.get(base, {})
+            yield base, _as_stored(dequantize_static(static_matrix(checkpoint, base, row)), row)
+        elif (dot + suffix in REST and base in layers) or BUFFERS.search(name):
+            continue
+        elif checkpoint.info(name).dtype in FLOATS:  # others: buffers that older transformers saved
             yield name, checkpoint.float32(name)
+
+
+def _as_stored(matrix: NDArray[np.float32], layer: Mapping[str, Any]) -> NDArray[np.float32]:
+    """A matrix ``[outputs, inputs]`` as the checkpoint has it, which may be turned (Conv1D)."""
+    return np.ascontiguousarray(matrix.T) if layer.get("turned") else matrix
 
 
 def packed_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> PackedMatrix:
@@ -87,6 +112,27 @@ def nf4_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> Nf4M
             )
     data, absmax = checkpoint.raw(name + NF4_DATA), checkpoint.raw(name + NF4_SCALES)
     return Nf4Matrix(rows, columns, block, data, absmax)
+
+
+def static_matrix(checkpoint: Checkpoint, name: str, layer: dict[str, Any]) -> StaticMatrix:
+    """The statically quantized matrix `name`; `layer` is its entry in quantization.json.
+
+    Raises `InputRefused` when the stored shapes are not what the entry says.
+    """
+    sizes = [layer.get(key) for key in ("rows", "columns")]
+    if layer.get("code") != STATIC_CODE or not all(type(s) is int and s > 0 for s in sizes):
+        raise InputRefused(f"{QUANTIZATION}: no entry for the 8-bit matrix '{name}' with its sizes")
+    rows, columns = int(layer["rows"]), int(layer["columns"])
+    for suffix, (dtype, shape) in static_shapes(rows, columns).items():
+        info = checkpoint.info(name + suffix)
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise InputRefused(
+                f"tensor '{name}{suffix}' is {info.dtype} {list(info.shape)}, {QUANTIZATION} says "
+                f"{dtype} {list(shape)}"
+            )
+    codes, scales = checkpoint.raw(name + CODES), checkpoint.raw(name + ROW_SCALES)
+    scale = float(checkpoint.raw(name + INPUT_SCALE)[0])
+    return StaticMatrix(codes, scales, scale, int(checkpoint.raw(name + INPUT_ZERO)[0]))
 
 
 def _layers(folder: Path) -> dict[str, dict[str, Any]]:

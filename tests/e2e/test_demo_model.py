@@ -94,7 +94,8 @@ def test_the_base_alone_is_clearly_worse(images: ImageSet) -> None:
 def test_it_is_small() -> None:
     checkpoint = Checkpoint.open(DEMO / "model")
     assert sum(info.nbytes // 2 for info in checkpoint.tensors.values()) <= 3_000_000
-    assert sum(p.stat().st_size for p in DEMO.rglob("*") if p.is_file()) < 10_000_000
+    files = [p for part in ("model", "adapter") for p in (DEMO / part).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 5_000_000
 
 
 def test_card_and_profile_say_what_it_is() -> None:

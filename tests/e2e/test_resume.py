@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from exporter.bundle.verify import verify_bundle
 from exporter.pipeline.build import BuildResult, build_bundle
+from exporter.pipeline.request import BuildRequest
 from tests.e2e.conftest import demo_request
-from tests.support.reporting import Killer, Recorder
+from tests.support.reporting import Killer, Recorder, WordKiller
 
 KILLS = (
     ("resolve", 1, -1),
@@ -24,6 +26,9 @@ KILLS = (
     ("compare", 1, 2),
     ("package", 1, -1),
 )
+
+# What assembling a calibrated folder stores first.
+FIRST_TENSOR = "model.text_model.embed_tokens.weight"
 
 
 def build_and_die(folder: Path, stage: str, nth: int, step: int) -> None:
@@ -51,6 +56,56 @@ def test_a_build_survives_a_kill_in_every_stage(tmp_path: Path, demo_build: Buil
     ] * (len(KILLS) - 2)
     verify_bundle(result.bundle)
     assert model_files(result) == model_files(demo_build)
+
+
+def calibrated_request(folder: Path) -> BuildRequest:
+    return demo_request(folder, scheme="int4-gptq", calibration_samples=4, compare=False)
+
+
+def calibrate_and_die(folder: Path, word: str) -> None:
+    build_bundle(calibrated_request(folder), WordKiller("quantize", word))
+
+
+def die_at(folder: Path, word: str) -> Path:
+    """Build in `folder` until progress says `word`; returns the folder that a resume reads."""
+    child = multiprocessing.get_context("spawn").Process(
+        target=calibrate_and_die, args=(folder, word)
+    )
+    child.start()
+    child.join(300)
+    assert child.exitcode == -signal.SIGKILL
+    return folder / "bundle.work" / "calibration-int4-gptq.scratch"
+
+
+def test_a_killed_calibration_goes_on_at_its_block(tmp_path: Path) -> None:
+    scratch = die_at(tmp_path / "a", "block 2")
+    finished = sorted((scratch / "blocks").glob("*.json"))
+    assert [p.stem for p in finished] == ["layer-00000", "layer-00001"]
+    # The same build without what the killed one left of its blocks.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "bundle.work" / scratch.name)
+
+    resumed, whole = Recorder(), Recorder()
+    first = build_bundle(calibrated_request(tmp_path / "a"), resumed)
+    second = build_bundle(calibrated_request(tmp_path / "b"), whole)
+
+    assert resumed.notes["quantize"] == "went on at block 2 of 4"
+    assert whole.notes["quantize"] == ""
+    assert model_files(first) == model_files(second)
+    calibration = first.manifest.lineage.calibration
+    assert calibration is not None
+    assert calibration.details == {"cases": 4, "seed": 0, "balance": True}
+    assert first.manifest.settings["gptq"]["damping"] == 0.01
+
+
+def test_finished_blocks_are_not_walked_again(tmp_path: Path) -> None:
+    scratch = die_at(tmp_path, FIRST_TENSOR)
+    assert len(list((scratch / "blocks").glob("*.json"))) == 4
+    reporter = Recorder()
+    result = build_bundle(calibrated_request(tmp_path), reporter)
+    assert reporter.notes["quantize"] == "all 4 blocks were finished"
+    assert result.manifest.scheme == "int4-gptq"
+    assert not scratch.exists()
 
 
 def model_files(result: BuildResult) -> dict[str, str]:

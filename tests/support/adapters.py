@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exporter.core.modelfiles import read_config
+from exporter.families.torch_classes import is_own
+from exporter.runtimes.torch_reference import load_model
+
 STRENGTH = 0.05
 
 
 def load(folder: Path) -> Any:
-    """The model of `folder` in float32, as transformers loads it."""
+    """The model of `folder` in float32, as transformers loads it (or a family's own class)."""
     from transformers import AutoModelForImageTextToText
 
     torch.set_num_threads(1)
+    config = read_config(folder / "config.json")
+    if is_own(config):
+        return load_model(folder, config)
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -38,6 +45,9 @@ def write_adapter(
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings
+    if is_own(read_config(base / "config.json")):
+        # Without it peft would write down the module of a class that is not transformers'.
+        settings = {"task_type": "CAUSAL_LM"} | settings
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from exporter.calibrate.imageset import ImageSet, Sample
-from exporter.calibrate.loaders.dicom import is_dicom
 from exporter.core.digest import sha256_file, sha256_json
 from exporter.core.errors import InputRefused, WrongUsage, require
+from exporter.runtimes.dicom import is_dicom
 
 PROMPT = "Describe this medical image."
 MAX_TEXT = 1 << 30

@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.calibrate.prompts import EmbeddedPrompt, embed_prompts
+from exporter.calibrate.prompts import (
+    EmbeddedPrompt,
+    _answer_tokens,
+    _tokenizer,
+    embed_prompts,
+)
 from exporter.core.cases import Case
 from exporter.core.errors import InputRefused
 from exporter.runtimes.images import open_image
 from exporter.runtimes.ort import OrtCaptioner
 from exporter.runtimes.torch_reference import TorchCaptioner
+from tests.support import tiny, tiny_llava
 from tests.support.tiny import write_tiny_model
 from tests.unit.calibrate.conftest import CAPTIONS, PROMPT
 
@@ -48,7 +54,7 @@ def test_answers_are_the_caption_or_the_models_own(
         else:
             assert len(answer) == 6
             # The template ends in "Assistant:", so that a space belongs to the answer.
-            assert captioner.preparer._tokenizer.decode(answer).startswith(" ")  # type: ignore[attr-defined]
+            assert _tokenizer(exported).decode(answer).startswith(" ")
             assert case.caption.startswith(captioner.preparer.decode(answer))
     assert CAPTIONS[2] is None
 
@@ -67,3 +73,18 @@ def test_what_does_not_fit_is_refused(
     other = write_tiny_model(tmp_path / "other", hidden=32, layers=1)
     with pytest.raises(InputRefused, match="width 64"):
         embed_prompts(other, exported, cases[:1], PROMPT, threads=1)
+
+
+def test_an_answer_begins_after_one_space(tmp_path: Path) -> None:
+    """Byte-level tokenizers get the space from us, Llama's put it there themselves."""
+    for name, write in {
+        "bytes": tiny.write_tokenizer,
+        "llama": lambda folder: tiny_llava.write_tokenizer(folder, image=True),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder)
+        tokenizer = _tokenizer(folder)
+        prompt = tokenizer.encode("Assistant:").ids
+        answer = _answer_tokens(tokenizer, np.array(prompt), "a lesion")
+        assert tokenizer.decode([*prompt, *answer]).endswith("Assistant: a lesion")

@@ -21,6 +21,7 @@ from exporter.core.errors import EnvironmentLacks, InputRefused
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec
 from exporter.runtimes.torch_reference import TorchCaptioner
+from tests.support.syncs import Syncs
 
 Array = NDArray[np.float32]
 NOTHING: dict[str, Array] = {}
@@ -165,9 +166,24 @@ def test_a_killed_walk_goes_on_at_its_block(
         walk_decoder(checkpoint, spec, prompts, first, threads=1, keep=tmp_path)
     assert first.layers == [0, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer-00002", INDEX]
-    walk_decoder(checkpoint, spec, prompts, second, threads=1, keep=tmp_path)
+    assert walk_decoder(checkpoint, spec, prompts, second, threads=1, keep=tmp_path) == 2
     assert second.layers == [2]
     assert_same(second, whole)
+
+
+def test_hidden_states_are_on_disk_before_the_walk_relies_on_them(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    prompts: list[EmbeddedPrompt],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    syncs = Syncs(monkeypatch)
+    walk_decoder(checkpoint, spec, prompts, Recorder(), threads=1, keep=tmp_path)
+    assert [path for path, _ in syncs.renames] == [tmp_path / INDEX] * 3
+    for layer, (path, synced) in enumerate(syncs.renames, 1):
+        states = {tmp_path / f"layer-{layer:05d}" / f"{n:05d}.npy" for n in range(len(prompts))}
+        assert states | {path} <= synced
 
 
 @pytest.mark.parametrize(

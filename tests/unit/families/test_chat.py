@@ -113,3 +113,40 @@ def test_the_bounds_hold_for_each_rendering_not_for_their_sum() -> None:
     long = [{"role": "user", "content": [{}, {"text": "x" * 50_000}]}]
     for _ in range(5):
         assert len(template.render(long, add_generation_prompt=True)) == 5_000_000
+
+
+def test_the_published_llava_template_equals_transformers() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from tests.support.tiny_llava import TEMPLATE as LLAVA
+
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What?"}, {"type": "image"}, {"type": "image"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "A heart."}]},
+        {"role": "user", "content": [{"type": "text", "text": "And?"}]},
+    ]
+    expected = "USER: <image>\n<image>\nWhat? ASSISTANT: A heart. USER: And? ASSISTANT:"
+    found = ChatTemplate(LLAVA, "here", {}).render(messages, add_generation_prompt=True)
+    assert found == expected
+    reference, _ = render_jinja_template(
+        [messages], chat_template=LLAVA, add_generation_prompt=True
+    )
+    assert reference == [expected]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages | selectattr('role') }}",
+        "{{ messages | selectattr('__class__.__mro__') | first }}",
+        "{% for m in messages | selectattr('role', 'equalto', 'user') %}{{ m }}{% endfor %}",
+    ],
+)
+def test_selectattr_gives_no_more_than_its_items(source: str) -> None:
+    template = ChatTemplate(source, "here", {})
+    messages = [{"role": "user", "content": []}]
+    with pytest.raises(InputRefused, match="chat template cannot be used"):
+        template.render(messages, add_generation_prompt=False)

@@ -16,10 +16,12 @@ from PIL import Image
 from exporter.core.blocks import dequantize
 from exporter.core.errors import InputRefused
 from exporter.core.nf4 import dequantize_nf4, quantize_nf4
-from exporter.formats.bnb import int8_rows, quantize_bnb
 from exporter.formats.bnb_write import write_bnb
 from exporter.graphs.linear import linear
 from exporter.graphs.writer import GraphWriter
+from exporter.quantizers.bnb import int8_rows
+from exporter.quantizers.run import quantize_model
+from exporter.quantizers.schemes import find_scheme
 from exporter.runtimes.torch_reference import load_model
 from exporter.runtimes.weights import float_tensors
 
@@ -75,13 +77,17 @@ def test_the_graphs_say_what_torch_says(tiny: Path, out: Path, tmp_path: Path, k
     from exporter.runtimes.ort import OrtCaptioner
     from exporter.runtimes.torch_reference import TorchCaptioner
 
-    found = quantize_bnb(tiny, out, kind)
+    found = quantize_model(tiny, out, find_scheme(f"bnb-{kind}"), threads=1)
     report = json.loads((out / "quantization.json").read_text())
     assert len(report["layers"]) == 2 * 7 + 2 * 6 + 1
     assert {e["method"] for e in report["layers"]} == {f"bnb-{kind}"}
     limits = {"nf4": (0.05, 0.13), "int8": (0.003, 0.012)}[kind]
     assert all(limits[0] < e["relative_error"] < limits[1] for e in report["layers"])
-    assert len(report["layers"]) + len(report["floats"]) == len(found.entries)
+    stored = (out / "model.safetensors").stat().st_size
+    assert (
+        sum(e["bytes"] for part in ("layers", "floats") for e in report[part]) == found.stored_bytes
+    )
+    assert found.stored_bytes < stored < found.stored_bytes + 40_000
     (tmp_path / "exported").mkdir()
     exported = export_model(out, tmp_path / "exported", accuracy_level=0)
     assert {exported.bits[e["name"]] for e in report["layers"]} == {4 if kind == "nf4" else 8}
@@ -93,7 +99,7 @@ def test_the_graphs_say_what_torch_says(tiny: Path, out: Path, tmp_path: Path, k
 
 def test_quantized_folders_are_refused(quantized: Path, out: Path) -> None:
     with pytest.raises(InputRefused, match="already quantized"):
-        quantize_bnb(quantized, out, "nf4")
+        quantize_model(quantized, out, find_scheme("bnb-nf4"), threads=1)
     with pytest.raises(InputRefused, match="stored in 8 bits as integers; bitsandbytes holds NF4"):
         write_bnb(quantized, out)
 
@@ -103,7 +109,7 @@ def test_transformers_reads_it_with_bitsandbytes(tiny: Path, out: Path, tmp_path
     from transformers import Idefics3ForConditionalGeneration
 
     (tmp_path / "nf4").mkdir()
-    quantize_bnb(tiny, tmp_path / "nf4", "nf4")
+    quantize_model(tiny, tmp_path / "nf4", find_scheme("bnb-nf4"), threads=1)
     written = write_bnb(tmp_path / "nf4", out)
     theirs = Idefics3ForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     kinds = [type(m).__name__ for m in theirs.modules()]
@@ -121,7 +127,7 @@ def test_codes_and_maxima_are_taken_over(tiny: Path, out: Path, tmp_path: Path) 
     from safetensors.torch import load_file
 
     (tmp_path / "nf4").mkdir()
-    quantize_bnb(tiny, tmp_path / "nf4", "nf4")
+    quantize_model(tiny, tmp_path / "nf4", find_scheme("bnb-nf4"), threads=1)
     written = write_bnb(tmp_path / "nf4", out)
     tensors, ours = load_file(out / "model.safetensors"), dict(float_tensors(tmp_path / "nf4"))
     for name in written.quantized:

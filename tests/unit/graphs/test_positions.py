@@ -10,7 +10,7 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exporter.graphs.decoder import rotary_tables
+from exporter.graphs.rotary import rotary_tables
 from exporter.graphs.tower import position_ids
 
 

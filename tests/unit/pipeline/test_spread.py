@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.core.cases import Case
-from exporter.pipeline.stages import spread
+from exporter.pipeline.evaluation import spread
 
 
 def cases(modalities: list[str]) -> list[Case]:

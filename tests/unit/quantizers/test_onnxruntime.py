@@ -109,3 +109,44 @@ def test_plain_codes_equal_onnxruntimes_bit_for_bit(bits: int, symmetric: bool) 
     assert np.array_equal(ours.qdata, qdata)
     if ours.zero_points is not None:
         assert np.array_equal(ours.zero_points.ravel(), zeros)
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("skew", [0.0, 0.5])
+def test_the_search_never_loses_more_than_onnxruntime(
+    block: int, symmetric: bool, skew: float
+) -> None:
+    rows, columns = 48, 384
+    w = weights(rows, columns) + np.float32(skew)
+    blocks = columns // block
+    qdata = np.zeros((rows, blocks, block // 2), np.uint8)
+    scales = np.zeros(rows * blocks, np.float32)
+    zeros = np.zeros(rows * (-(-blocks // 2)), np.uint8)
+    native.quantize_matmul_4bits(
+        qdata, np.ascontiguousarray(w.T), scales, zeros, block, rows, columns, symmetric
+    )
+    # The scales as float16 would hold them cost onnxruntime at most what rounding them costs us.
+    theirs = PackedMatrix(
+        BlockFormat(4, block, symmetric),
+        columns,
+        qdata,
+        scales.reshape(rows, blocks).astype(np.float16),
+        None if symmetric else zeros.reshape(rows, -1),
+    )
+    exact = dequantize(theirs).reshape(rows, blocks, block)
+    with np.errstate(invalid="ignore"):
+        exact *= (scales.reshape(rows, blocks) / theirs.scales.astype(np.float32))[..., None]
+
+    ours = quantize_matrix(w, BlockFormat(4, block, symmetric), search=True)
+
+    def lost(values: NDArray[np.float32]) -> NDArray[np.float64]:
+        return (
+            np.square((values.reshape(rows, columns) - w).astype("f8"))
+            .reshape(rows, blocks, block)
+            .sum(-1)
+        )
+
+    assert np.all(lost(dequantize(ours)) <= lost(dequantize(theirs)) * (1 + 1e-5))
+    assert lost(dequantize(ours)).sum() < 0.96 * lost(exact).sum()
+    assert (ours.scales < 0).any() == symmetric  # both signs are in use

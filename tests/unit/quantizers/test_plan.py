@@ -15,8 +15,8 @@ from exporter.core.blocks import BlockFormat
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.tensors import Checkpoint, TensorInfo
 from exporter.families import idefics3
-from exporter.quantizers.plan import LayerPlan, fit_block, plan_layers
-from exporter.quantizers.schemes import SCHEMES, Scheme, find_scheme
+from exporter.quantizers.plan import LayerPlan, fit_block, fit_bnb, plan_layers
+from exporter.quantizers.schemes import BNB, SCHEMES, Scheme, find_scheme
 from tests.unit.quantizers.conftest import CONFIG, Writer, shapes
 
 Tensors = dict[str, NDArray[Any]]
@@ -42,8 +42,37 @@ def test_every_tensor_is_planned_and_every_float_has_a_reason(
     for layer in plan.values():
         assert (layer.format is None) == (layer.kind == "float") == bool(layer.reason)
         assert (layer.entries().keys() == {layer.name}) == (layer.format is None)
-    linears = [p for n, p in plan.items() if len(p.shape) == 2 and "position" not in n]
-    assert all((p.format is not None) == scheme.quantizes for p in linears)
+    tables = {HEAD: scheme.head, EMBEDDING: scheme.embedding}
+    for name, layer in plan.items():
+        if len(layer.shape) == 2 and "position" not in name:
+            wanted = tables.get(name, scheme.decoder)
+            if wanted and scheme.method in BNB:
+                wanted = fit_bnb(*layer.shape, wanted)
+            assert bool(layer.format) == bool(wanted)
+
+
+def test_bitsandbytes_takes_linear_layers_in_whole_blocks(write_model: Writer) -> None:
+    for name, bits, method in (("bnb-nf4", 4, "bnb-nf4"), ("bnb-int8", 8, "bnb-int8")):
+        plan = plan_of(write_model(), find_scheme(name))
+        assert plan[HEAD].format is plan[EMBEDDING].format is None
+        for layer in plan.values():
+            if layer.format:
+                rows, columns = layer.shape
+                per_row = 4 * rows * columns // 64 if bits == 4 else 2 * rows * len_blocks(layer)
+                assert layer.bytes == rows * columns * bits // 8 + per_row
+                assert layer.method == method
+    nf4, int8 = find_scheme("bnb-nf4").decoder, find_scheme("bnb-int8").decoder
+    assert nf4 and int8
+    assert fit_bnb(3, 32, nf4) is None  # 96 values
+    assert fit_bnb(4, 32, nf4) == nf4
+    assert fit_bnb(7, 960, int8) == BlockFormat(8, 64, True)
+    assert fit_bnb(7, 1024, int8) == BlockFormat(8, 256, True)
+    assert fit_bnb(7, 24, int8) is None
+
+
+def len_blocks(layer: LayerPlan) -> int:
+    assert layer.format
+    return layer.columns // layer.format.block
 
 
 def test_int4_rtn_uses_four_bits_in_the_decoder_and_eight_elsewhere(write_model: Writer) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix, dequantize
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError, WrongUsage
+from exporter.core.nf4 import NF4_DATA, NF4_SCALES, Nf4Matrix, dequantize_nf4
 from exporter.quantizers import rtn, run
 from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import SCHEMES, find_scheme
@@ -36,6 +37,12 @@ def rebuilt(folder: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any
     document = json.loads((folder / "quantization.json").read_text())
     found = {}
     for row in document["layers"]:
+        if row.get("code") == "nf4":
+            stored = tensors.pop(row["name"] + NF4_DATA), tensors.pop(row["name"] + NF4_SCALES)
+            nf4 = Nf4Matrix(row["rows"], row["columns"], row["block"], *stored)
+            assert nf4.nbytes == row["bytes"]
+            found[row["name"]] = dequantize_nf4(nf4)
+            continue
         name, fmt = row["name"], BlockFormat(row["bits"], row["block"], row["symmetric"])
         zeros = None if fmt.symmetric else tensors.pop(name + ZEROS)
         parts = tensors.pop(name + QDATA), tensors.pop(name + SCALES), zeros

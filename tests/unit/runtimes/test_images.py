@@ -168,7 +168,10 @@ def test_any_changed_byte_gives_an_image_or_one_clear_line(tmp_path: Path) -> No
     assert {"RGB", "refused"} <= outcomes <= {"RGB", "L", "refused"}
 
 
-def test_dicom_names_the_extra(tmp_path: Path) -> None:
+def test_dicom_without_pydicom_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
     with pytest.raises(EnvironmentLacks, match=r"medexport\[dicom\]"):
         open_image(tmp_path / "a.dcm")

@@ -66,7 +66,7 @@ def read_dicom(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _picture(path: Path, dataset: Any, kind: str) -> Image.Image:
-    from pydicom.pixels import apply_modality_lut, convert_color_space
+    from pydicom.pixels.processing import apply_modality_lut, convert_color_space
 
     pixels = dataset.pixel_array
     if kind in GRAY and pixels.ndim == 2:
@@ -86,7 +86,7 @@ def _picture(path: Path, dataset: Any, kind: str) -> Image.Image:
 
 def _windowed(values: NDArray[np.float64], dataset: Any) -> NDArray[np.float64]:
     """Values as 0..1: through the first window or VOI table, else over their own range."""
-    from pydicom.pixels import apply_voi
+    from pydicom.pixels.processing import apply_voi
 
     if "WindowCenter" in dataset and "WindowWidth" in dataset:
         center, width = (_first(dataset[k].value) for k in ("WindowCenter", "WindowWidth"))

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from exporter.calibrate.loaders.dicom import is_dicom, read_dicom, window
-from exporter.calibrate.loaders.pictures import open_picture
 from exporter.calibrate.sets import open_set
 from exporter.core.errors import EnvironmentLacks, InputRefused
+from exporter.runtimes.dicom import is_dicom, read_dicom, window
+from exporter.runtimes.images import open_image
 
 needs_pydicom = pytest.mark.skipif(find_spec("pydicom") is None, reason="pydicom is not installed")
 STORED = np.array([[0, 100, 1000], [1024, 1064, 4095]], np.uint16)
@@ -62,7 +62,7 @@ def test_rescale_and_window(tmp_path: Path) -> None:
         WindowWidth=["400", "1500"],
     )
     assert is_dicom(path)
-    image = open_picture(path)
+    image = open_image(path)
     # Linear window: 255 * ((x - 39.5) / 399 + 0.5) of x = stored - 1024, clipped.
     expected = np.rint(np.clip((STORED - 1024.0 - 39.5) / 399 + 0.5, 0, 1) * 255)
     assert image.mode == "L"
@@ -161,7 +161,7 @@ def test_a_folder_with_dicom(tmp_path: Path) -> None:
     write_dicom(tmp_path / "x.dcm")
     (tmp_path / "captions.jsonl").write_text('{"image": "x.dcm", "caption": "CT."}\n')
     found = open_set(f"folder:{tmp_path}")
-    assert open_picture(found.samples[0].image_path).size == (3, 2)
+    assert open_image(found.samples[0].image_path).size == (3, 2)
 
 
 def test_without_pydicom_the_extra_is_named(
@@ -173,11 +173,11 @@ def test_without_pydicom_the_extra_is_named(
     with pytest.raises(EnvironmentLacks, match=r"'pydicom'.*medexport\[dicom\]"):
         open_set(f"folder:{tmp_path}")
     with pytest.raises(EnvironmentLacks, match=r"'pydicom'.*medexport\[dicom\]"):
-        open_picture(tmp_path / "x.dcm")
+        open_image(tmp_path / "x.dcm")
 
 
 def test_other_images_need_no_pydicom(tmp_path: Path) -> None:
     Image.new("L", (5, 4), 7).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").size == (5, 4)
+    assert open_image(tmp_path / "a.png").size == (5, 4)
     with pytest.raises(InputRefused, match=r"none.png: No such file"):
-        open_picture(tmp_path / "none.png")
+        open_image(tmp_path / "none.png")

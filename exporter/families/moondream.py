@@ -1,0 +1,97 @@
+"""Moondream2: a SigLIP tower on overlapping crops, a two-layer projection, a Phi decoder.
+
+transformers has no class for it. Published folders are read through `moondream_published`; the torch
+model is put together from transformers' Phi and SigLIP blocks (`moondream_torch`), on parameters with
+the published names. Start token and image see each other both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.core.modelfiles import read_config
+from exporter.families.base import PromptInputs, ReaderFiles
+from exporter.families.config import section
+from exporter.families.moondream_prompts import MoondreamPreparer, read_preparer
+from exporter.families.moondream_published import CLASS, MODEL_TYPE, PUBLISHED_TYPE
+from exporter.families.moondream_vision import MoondreamVision, moondream_vision, random_feed
+from exporter.families.phi import PhiSpec, phi_spec
+from exporter.families.published import modern_config
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_TYPES = (PUBLISHED_TYPE, MODEL_TYPE)
+TORCH_CLASSES = {MODEL_TYPE: f"exporter.families.moondream_torch:{CLASS}"}
+TEXT, VISION, REGION = "model.text.", "model.vision.", "model.region."
+PROOF_CROPS = (1, 2)
+
+
+def decoder_spec(config: Mapping[str, Any]) -> PhiSpec:
+    """The decoder of a parsed config.json. Raises `InputRefused` on a bad config."""
+    config = modern_config(config)
+    rows = tower_spec(config).tokens
+    return phi_spec(section(config, "text_config"), prefix=TEXT, prefix_length=1 + rows)
+
+
+def tower_spec(config: Mapping[str, Any]) -> MoondreamVision:
+    """Tower and projection of a parsed config.json. Raises `InputRefused` on a bad config."""
+    return moondream_vision(modern_config(config), prefix=VISION, region=REGION)
+
+
+def open_preparer(model_dir: Path) -> MoondreamPreparer:
+    """Tokenizer and prompt of a model folder. Raises `InputRefused`."""
+    config = modern_config(read_config(model_dir / "config.json"))
+    return read_preparer(model_dir, config, decoder_spec(config), tower_spec(config))
+
+
+def reader_files(config: Mapping[str, Any]) -> ReaderFiles:  # noqa: ARG001 (the same for all)
+    """Other readers have no class for it, and cannot feed the crops' places."""
+    return ReaderFiles("MoondreamProcessor", "MoondreamImageProcessor", {}, genai=False)
+
+
+def proof_inputs(
+    config: Mapping[str, Any], rng: np.random.Generator, ids: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[Any]], int]:
+    """An image of random crops behind the start token, before `ids`."""
+    vision, text = tower_spec(config), section(config, "text_config")
+    rows = np.full(vision.tokens, config["image_token_id"])
+    ids = np.concatenate([[text["bos_token_id"]], rows, ids])
+    feed = random_feed(vision, *PROOF_CROPS, rng)
+    return {"input_ids": ids[None], **feed}, feed["pixel_values"].shape[1]
+
+
+def torch_features(model: Any, inputs: PromptInputs) -> torch.Tensor:
+    """Feature rows ``[rows, hidden]`` of tower and projection, as the vision graph gives them."""
+    import torch
+
+    return torch.cat([model.image_features(**_tensors(feed)) for feed in inputs.vision])
+
+
+def library_features(model: Any, inputs: PromptInputs) -> torch.Tensor:
+    """The same with torch's own adaptive average over crops that are cut and joined."""
+    import torch
+
+    return torch.cat([model.stitched_features(**_tensors(feed)) for feed in inputs.vision])
+
+
+def torch_append(
+    model: Any,
+    embeds: torch.Tensor,
+    cache: Any,
+    positions: torch.Tensor | None,  # noqa: ARG001 (places in the text)
+) -> tuple[torch.Tensor, Any]:
+    """See `families.base.Family.torch_append`. The text begins with the start token and its image."""
+    out = model.decode(embeds[None], cache, model.prefix_length if cache is None else 0)
+    return out.last_hidden_state[0], out.past_key_values
+
+
+def _tensors(feed: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}

@@ -1,0 +1,234 @@
+"""Checkpoints published in another layout than transformers': their config and names, in both directions.
+
+A layout is data: how config.json reads as the class that transformers has, and pairs of name stems.
+`medexport merge` writes the newest names and the files that such a repository leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporter.core.digest import canonical_json
+from exporter.core.errors import InputRefused
+from exporter.core.modelfiles import read_config
+from exporter.families.config import choice, count
+from exporter.families.idefics_prompts import TEMPLATE as IDEFICS_TEMPLATE
+from exporter.families.moondream_published import (
+    OLDER_NAMES,
+    PUBLISHED_TYPE,
+    REVISION,
+    check_code,
+    moondream_config,
+)
+from exporter.families.textfiles import find_template
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """(published, newest) stems of tensor names, whole path elements; the longest that fits counts.
+
+    ``*`` stands for one path element, such as a layer's number, and is the same on both sides.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def newest(self, name: str) -> str:
+        """The newest name of a published one; a name of no pair stays as it is."""
+        return _swapped(name, self.pairs)
+
+    def published(self, name: str) -> str:
+        """The published name of a newest one: the inverse of `newest`."""
+        return _swapped(name, tuple((new, old) for old, new in self.pairs))
+
+
+@dataclass(frozen=True)
+class PublishedLayout:
+    """One published layout: `convert` turns its config.json into the newest class's.
+
+    `tokenizer`: where there is a tokenizer.json, which every layout needs; `files`: small files that
+    the repository leaves out: name to a template's text, or to JSON; `check` compares a folder's
+    other files with its config.json, and raises `InputRefused`.
+    """
+
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    names: NameMap
+    tokenizer: str
+    files: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
+    check: Callable[[Path, Mapping[str, Any]], None] | None = None
+
+
+# The image stands where the original code has the id -200, which is no row of the embedding: here it
+# is <unk>, which this tokenizer never writes since it falls back to bytes.
+LLAVA_MED_IMAGE = 0
+LLAVA_MED_TOWER = "openai/clip-vit-large-patch14-336"
+LLAVA_MED_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+TEXT_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "sliding_window", "hidden_act", "attention_bias"),
+    *("bos_token_id", "eos_token_id", "tie_word_embeddings"),
+)
+SELECTED = {"patch": "default", "cls_patch": "full"}
+
+
+def llava_med_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """LlavaConfig of LLaVA-Med's config.json (its ``llava_mistral`` is no class of transformers).
+
+    ``vision_config`` may give other sizes than the tower that ``mm_vision_tower`` names. Raises
+    `InputRefused` for a projector, tower or way of cutting images that it does not have.
+    """
+    choice(config, "mm_projector_type", "mlp2x_gelu", ("mlp2x_gelu",), "config")
+    aspect = choice(config, "image_aspect_ratio", "pad", ("pad",), "config")
+    kind = choice(config, "mm_vision_select_feature", "patch", tuple(SELECTED), "config")
+    vision = config.get("vision_config")
+    if vision is None:
+        choice(config, "mm_vision_tower", LLAVA_MED_TOWER, (LLAVA_MED_TOWER,), "config")
+    vision = {**LLAVA_MED_VISION, **(vision or {})}
+    width = count(config, "mm_hidden_size", 1024, "config")
+    if width != vision["hidden_size"]:
+        raise InputRefused(
+            f"config.json: mm_hidden_size is {width}, the tower's is {vision['hidden_size']}"
+        )
+    text = {key: config[key] for key in TEXT_KEYS if key in config}
+    dtype = {key: config[key] for key in ("torch_dtype", "dtype") if key in config}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": LLAVA_MED_IMAGE,
+        "image_aspect_ratio": aspect,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": SELECTED[kind],
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "text_config": {"model_type": "mistral", **text, **dtype},
+        "vision_config": vision,
+        **dtype,
+    }
+
+
+# The original code's "mistral_instruct" conversation: no system text, the image before the question.
+LLAVA_MED_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{{ ' [/INST]' }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ ' ' + part['text'] + '</s>' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+LLAVA_MED_IMAGES = {
+    "image_processor_type": "LlavaImageProcessor",
+    "do_pad": True,
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 336},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 336, "width": 336},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+PUBLISHED: Mapping[str, PublishedLayout] = {
+    "llava_mistral": PublishedLayout(
+        llava_med_config,
+        NameMap(
+            (
+                ("model.embed_tokens", "model.language_model.embed_tokens"),
+                ("model.layers", "model.language_model.layers"),
+                ("model.norm", "model.language_model.norm"),
+                ("model.mm_projector.0", "model.multi_modal_projector.linear_1"),
+                ("model.mm_projector.2", "model.multi_modal_projector.linear_2"),
+                ("model.vision_tower.vision_tower.vision_model", "model.vision_tower"),
+            )
+        ),
+        "it publishes tokenizer.model alone: take that of mistralai/Mistral-7B-Instruct-v0.2, which has "
+        "the same tokens, or let transformers' AutoTokenizer save one",
+        {
+            "chat_template.jinja": LLAVA_MED_TEMPLATE,
+            "preprocessor_config.json": LLAVA_MED_IMAGES,
+        },
+    ),
+    PUBLISHED_TYPE: PublishedLayout(
+        moondream_config,
+        NameMap(OLDER_NAMES),
+        f"take that of the hub's revision {REVISION}",
+        check=check_code,
+    ),
+    # Names and config are transformers' own.
+    "idefics": PublishedLayout(
+        dict,
+        NameMap(()),
+        "let transformers' AutoTokenizer save one",
+        {TEMPLATE_FILE: IDEFICS_TEMPLATE},
+    ),
+}
+
+
+def published_layout(config: Mapping[str, Any]) -> PublishedLayout | None:
+    """The layout of a parsed config.json; None where it is one of transformers'."""
+    return PUBLISHED.get(str(config.get("model_type")))
+
+
+def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as the newest class of transformers reads it. Raises `InputRefused` on a bad one."""
+    layout = published_layout(config)
+    return dict(config) if layout is None else layout.convert(config)
+
+
+def complete_published(checkpoint: Path, out: Path) -> None:
+    """Write into `out` the small files that the layout of `checkpoint` leaves out and it has not.
+
+    Nothing for a layout of transformers. Raises `InputRefused` when there is no tokenizer.json (a
+    SentencePiece tokenizer is read by nothing here), and as the layout's `check` does.
+    """
+    config = read_config(checkpoint / "config.json")
+    layout = published_layout(config)
+    if layout is None:
+        return
+    if layout.check is not None:
+        layout.check(checkpoint, config)
+    for name, content in layout.files.items():
+        elsewhere = name == TEMPLATE_FILE and find_template(checkpoint) is not None
+        if not (elsewhere or (checkpoint / name).is_file()):
+            data = content.encode() if isinstance(content, str) else canonical_json(content)
+            (out / name).write_bytes(data)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise InputRefused(f"{checkpoint}: no tokenizer.json; expected one ({layout.tokenizer})")
+
+
+def swap_stem(name: str, old: str, new: str) -> str | None:
+    """`name` with the stem `new` in place of its stem `old`; None when it begins with another."""
+    elements, stem = name.split("."), old.split(".")
+    found = elements[: len(stem)]
+    if len(found) != len(stem) or any(e not in (f, "*") for f, e in zip(found, stem, strict=True)):
+        return None
+    free = iter([f for f, e in zip(found, stem, strict=True) if e == "*"])
+    swapped = [next(free) if element == "*" else element for element in new.split(".")]
+    return ".".join([*swapped, *elements[len(stem) :]])
+
+
+def _swapped(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    fitting = [(old, found) for old, new in pairs if (found := swap_stem(name, old, new)) is not None]
+    if not fitting:
+        return name
+    return max(fitting, key=lambda pair: pair[0].count("."))[1]

@@ -1,0 +1,30 @@
+"""Finds the torch class of a model: one of transformers, or one of a family's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from exporter.families.table import FAMILIES, family_of
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """What ``architectures`` in a parsed config.json holds. Raises `InputRefused` for no known family."""
+    return _declared(config).rpartition(":")[2]
+
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has no class for a parsed config.json and the family brings one."""
+    kind = config.get("model_type")
+    return any(":" in family.TORCH_CLASSES.get(str(kind), "") for family in FAMILIES.values())
+
+
+def torch_class(config: Mapping[str, Any]) -> Any:
+    """The class itself; imports torch and transformers."""
+    module, _, name = _declared(config).rpartition(":")
+    return getattr(import_module(module or "transformers"), name)
+
+
+def _declared(config: Mapping[str, Any]) -> str:
+    return family_of(config).TORCH_CLASSES[str(config["model_type"])]

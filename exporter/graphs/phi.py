@@ -1,0 +1,180 @@
+"""The Phi decoder as an ONNX graph of onnxruntime's fused ops, its first positions seen both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from exporter.core.errors import InputRefused
+from exporter.families.phi import PhiSpec
+from exporter.graphs.decoder import NAME, DecoderOptions
+from exporter.graphs.linear import linear
+from exporter.graphs.rotary import rotary_tables
+from exporter.graphs.texts import LAST, TextGraph
+from exporter.graphs.weights import WeightSource
+from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
+
+# GroupQueryAttention's own bound.
+HEAD_MULTIPLE = 8
+
+
+def write_phi(
+    folder: Path, spec: PhiSpec, weights: WeightSource, options: DecoderOptions
+) -> WrittenGraph:
+    """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
+
+    Inputs and outputs as `graphs.decoder.write_decoder`, and prefix_length int64 scalar: so many of
+    the first positions of this run see each other both ways (0 behind a past). GroupQueryAttention
+    looks back only: it keeps the cache and gives the later rows, and the first ones are computed by
+    attention without a mask among themselves. Raises `InputRefused` when tensors are missing or of
+    other shapes, or the attention op cannot do the head size.
+    """
+    if spec.head_dim % HEAD_MULTIPLE:
+        raise InputRefused(
+            f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
+            f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
+        )
+    with GraphWriter(folder, NAME) as writer:
+        _Decoder(writer, spec, weights, options).build()
+        return writer.finish()
+
+
+class _Decoder:
+    """Values are float32 ``[batch, sequence, hidden]``."""
+
+    def __init__(
+        self, writer: GraphWriter, spec: PhiSpec, weights: WeightSource, options: DecoderOptions
+    ) -> None:
+        self.writer = writer
+        self.spec = spec
+        self.weights = weights
+        self.accuracy_level = options.accuracy_level
+        self.text = TextGraph(writer, spec)
+        self.places = self.text.places()
+        cos, sin = rotary_tables(spec.max_positions, spec.rotary_dim, spec.rope_theta)
+        self.tables = [writer.weight("rotary.cos", cos), writer.weight("rotary.sin", sin)]
+        prefix = writer.input("prefix_length", TensorProto.INT64, [])
+        ends = {
+            name: np.array([v], np.int64) for name, v in (("zero", 0), ("end", LAST), ("axis", 1))
+        }
+        self.zero, self.end, self.axis = (
+            writer.constant(f"prefix.{name}", value) for name, value in ends.items()
+        )
+        self.prefix = writer.node("Reshape", "prefix", [prefix, self.axis])
+
+    def build(self) -> None:
+        spec, residual, addition = self.spec, self.text.embeds, ""
+        for layer in range(spec.layers):
+            at = f"{spec.prefix}blocks.{layer}."
+            normed, residual = self._norm(f"{at}ln", residual, addition)
+            attended = self._attention(layer, normed)
+            if layer == spec.layers - 1:
+                # Behind the last attention no position needs another: drop those nobody asked for.
+                attended = self.text.keep("keep_attended", attended)
+                residual = self.text.keep("keep_residual", residual)
+                normed = self.text.keep("keep_normed", normed)
+            addition = self._added(layer, normed, attended)
+        normed, _ = self._norm(spec.final_norm, residual, addition, last=True)
+        head = self.weights.matrix(spec.head, spec.vocab_size, spec.hidden_size)
+        product = linear(self.writer, "head", normed, head, self.accuracy_level)
+        bias = self._vector(spec.head_bias, spec.vocab_size)
+        self.writer.node("Add", "head/bias", [product, bias], outputs=[self.text.logits])
+
+    def _added(self, layer: int, normed: str, attended: str) -> str:
+        """What a block adds to the residual: attention and MLP of the same normed values."""
+        name = f"blocks.{layer}"
+        first = self._product(layer, "attn.proj", attended)
+        second = self._product(layer, "mlp.fc2", self._active(layer, normed))
+        attention = self.writer.node("Add", f"{name}.attention/bias", list(first))
+        mlp = self.writer.node("Add", f"{name}.mlp/bias", list(second))
+        return self.writer.node("Add", f"{name}.added", [attention, mlp])
+
+    def _active(self, layer: int, normed: str) -> str:
+        product = self._product(layer, "mlp.fc1", normed)
+        name = f"blocks.{layer}.mlp.gelu"
+        return self.writer.node("FastGelu", name, list(product), domain=MICROSOFT)
+
+    def _attention(self, layer: int, x: str) -> str:
+        """Rows of causal attention, the first ones replaced by those of attention both ways."""
+        name, writer = f"blocks.{layer}.attention", self.writer
+        queries, keys, values = self._queries(layer, x)
+        causal = self.text.attention(layer, [queries, keys, values])
+        first = [
+            writer.node("Slice", f"{name}.first_{part}", [rows, self.zero, self.prefix, self.axis])
+            for part, rows in (("q", queries), ("k", keys), ("v", values))
+        ]
+        attributes = {
+            "num_heads": self.spec.heads,
+            "scale": float(np.float32(self.spec.head_dim**-0.5)),
+        }
+        both = writer.node(
+            "MultiHeadAttention",
+            f"{name}.both_ways",
+            first,
+            domain=MICROSOFT,
+            attributes=attributes,
+        )
+        ends = [causal, self.prefix, self.end, self.axis]
+        later = writer.node("Slice", f"{name}.later", ends)
+        return writer.node("Concat", name, [both, later], attributes={"axis": 1})
+
+    def _queries(self, layer: int, x: str) -> list[str]:
+        """Queries and keys, turned by their places, and values."""
+        name, writer = f"blocks.{layer}.qkv", self.writer
+        packed = writer.node("Add", f"{name}/bias", list(self._product(layer, "attn.qkv", x)))
+        parts = [f"{name}:{part}" for part in "qkv"]
+        thirds = {"axis": -1, "num_outputs": 3}
+        writer.node("Split", name, [packed], outputs=parts, attributes=thirds)
+        return [*(self._turned(part) for part in parts[:2]), parts[2]]
+
+    def _turned(self, x: str) -> str:
+        """The first `rotary_dim` values of each head turned by the position (RoFormer, arXiv 2104.09864)."""
+        attributes = {
+            "interleaved": 0,
+            "num_heads": self.spec.heads,
+            "rotary_embedding_dim": self.spec.rotary_dim,
+        }
+        return self.writer.node(
+            "RotaryEmbedding",
+            f"{x}/turned",
+            [x, self.places, *self.tables],
+            domain=MICROSOFT,
+            attributes=attributes,
+        )
+
+    def _norm(
+        self, tensor: str, residual: str, addition: str, *, last: bool = False
+    ) -> tuple[str, str]:
+        """Layer norm of residual + addition, and that sum (which the `last` norm does not give)."""
+        name, size = tensor.removeprefix(self.spec.prefix), self.spec.hidden_size
+        vectors = [self._vector(f"{tensor}.{part}", size) for part in ("weight", "bias")]
+        epsilon = {"epsilon": self.spec.norm_eps}
+        if not addition:
+            attributes = {**epsilon, "axis": -1}
+            inputs = [residual, *vectors]
+            normed = self.writer.node("LayerNormalization", name, inputs, attributes=attributes)
+            return normed, residual
+        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
+        self.writer.node(
+            "SkipLayerNormalization",
+            name,
+            [residual, addition, *vectors],
+            domain=MICROSOFT,
+            outputs=outputs,
+            attributes=epsilon,
+        )
+        return outputs[0], outputs[-1]
+
+    def _product(self, layer: int, module: str, x: str) -> tuple[str, str]:
+        """Product with a linear layer of a block, and its bias, still to be added."""
+        rows, columns = self.spec.matrix_shapes()[module]
+        tensor = f"{self.spec.prefix}blocks.{layer}.{module}"
+        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns)
+        product = linear(self.writer, f"blocks.{layer}.{module}", x, matrix, self.accuracy_level)
+        return product, self._vector(f"{tensor}.bias", rows)
+
+    def _vector(self, tensor: str, size: int) -> str:
+        name = tensor.removeprefix(self.spec.prefix)
+        return self.writer.weight(name, self.weights.vector(tensor, size))

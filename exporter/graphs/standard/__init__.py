@@ -1,0 +1,1 @@
+"""Graphs of ai.onnx operators alone, for TensorRT's parser and any other conformant runtime."""

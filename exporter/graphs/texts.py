@@ -1,0 +1,95 @@
+"""What the decoder graphs of all kinds have in common: inputs, lengths, places, causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import TensorProto
+
+from exporter.families.decoder import TextDecoder
+from exporter.graphs.writer import MICROSOFT, GraphWriter
+
+FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
+LAST = np.iinfo(np.int64).max
+
+
+class TextGraph:
+    """Declares inputs_embeds, attention_mask, num_logits_to_keep, logits and, with each `attention`,
+    past and present, as `graphs.decoder.write_decoder` says them.
+    """
+
+    def __init__(self, writer: GraphWriter, spec: TextDecoder) -> None:
+        self._writer, self._spec = writer, spec
+        batch = "batch_size"
+        shape: list[int | str] = [batch, "sequence_length", spec.hidden_size]
+        self.embeds = writer.input("inputs_embeds", FLOAT, shape)
+        mask = writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
+        keep = writer.input("num_logits_to_keep", INT64, [])
+        self.logits = writer.output("logits", FLOAT, [batch, "kept_length", spec.vocab_size])
+        self._one = writer.constant("one", np.array([1], np.int64))
+        self._last = writer.constant("last", np.array([LAST], np.int64))
+        self._lengths(mask)
+        # Slicing from -n keeps n positions; from -0 = 0 it keeps all.
+        kept = writer.node("Neg", "keep_from", [keep])
+        self._starts = writer.node("Reshape", "keep_starts", [kept, self._one])
+
+    def _lengths(self, mask: str) -> None:
+        # seqlens_k: index of each row's last valid key; total: length of the mask, past included.
+        writer = self._writer
+        keep = {"keepdims": 0}
+        self._valid = writer.node("ReduceSum", "valid", [mask, self._one], attributes=keep)
+        last = writer.node("Sub", "last_valid", [self._valid, self._one])
+        self._seqlens = writer.node("Cast", "seqlens_k", [last], attributes={"to": INT32})
+        shape = writer.node("Shape", "mask_length", [mask], attributes={"start": 1, "end": 2})
+        scalar = writer.node("Squeeze", "mask_scalar", [shape])
+        self._total = writer.node("Cast", "total_length", [scalar], attributes={"to": INT32})
+
+    def places(self) -> str:
+        """The place of every position in its row's text, int64 ``[batch, sequence]``.
+
+        A prompt padded on the right has fewer valid positions than it is long and begins at 0; later
+        positions are all valid and follow the past.
+        """
+        writer = self._writer
+        ends = {"start": 1, "end": 2}
+        axis = writer.node("Shape", "new_length", [self.embeds], attributes=ends)
+        length = writer.node("Squeeze", "new_scalar", [axis])
+        before = writer.node("Sub", "past_or_padding", [self._valid, length])
+        zero, one = (writer.constant(f"places.{n}", np.array(n, np.int64)) for n in (0, 1))
+        first = writer.node("Max", "past_length", [before, zero])
+        column = writer.node("Unsqueeze", "past_column", [first, self._one])
+        steps = writer.node("Range", "new_places", [zero, length, one])
+        return writer.node("Add", "places", [column, steps])
+
+    def keep(self, name: str, x: str) -> str:
+        """The positions of `x` whose logits are asked for."""
+        return self._writer.node("Slice", name, [x, self._starts, self._last, self._one])
+
+    def attention(self, layer: int, queries_keys_values: Sequence[str]) -> str:
+        """Causal attention without rotary; one packed value stands first where it holds all three."""
+        writer, spec = self._writer, self._spec
+        name, parts = f"layers.{layer}.attention", ("key", "value")
+        shape: list[int | str] = [
+            "batch_size",
+            spec.kv_heads,
+            "past_sequence_length",
+            spec.head_dim,
+        ]
+        past = [writer.input(f"past_key_values.{layer}.{p}", FLOAT, shape) for p in parts]
+        shape[2] = "present_sequence_length"
+        present = [writer.output(f"present.{layer}.{p}", FLOAT, shape) for p in parts]
+        writer.node(
+            "GroupQueryAttention",
+            name,
+            [*queries_keys_values, *past, self._seqlens, self._total],
+            domain=MICROSOFT,
+            outputs=[f"{name}:0", *present],
+            attributes={
+                "num_heads": spec.heads,
+                "kv_num_heads": spec.kv_heads,
+                "scale": float(np.float32(spec.head_dim**-0.5)),
+                "do_rotary": 0,
+            },
+        )
+        return f"{name}:0"

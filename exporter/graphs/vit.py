@@ -1,0 +1,180 @@
+"""The parts that vision transformers share, in onnxruntime's fused ops: patches and pre-norm blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.families.base import VitSpec
+from exporter.graphs.linear import float_weight, linear
+from exporter.graphs.matrices import Matrix
+from exporter.graphs.weights import WeightSource
+from exporter.graphs.writer import MICROSOFT, GraphWriter
+
+# Both ops add a bias first: com.microsoft FastGelu is the tanh form, BiasGelu the erf form.
+ACTIVATION_OPS = {"gelu_pytorch_tanh": "FastGelu", "gelu_new": "FastGelu", "gelu": "BiasGelu"}
+# x * sigmoid(1.702 x), the approximation that CLIP was trained with (arXiv 1606.08415, section 2).
+QUICK_GELU_ALPHA = 1.702
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual value and what waits to be added to it: the next norm adds both in the same pass."""
+
+    residual: str
+    addition: str = ""
+    bias: str = ""
+
+
+class Vit:
+    """Writes pieces of one tower into a graph; values are float32 ``[tiles, rows, hidden]``."""
+
+    def __init__(
+        self, writer: GraphWriter, spec: VitSpec, weights: WeightSource, accuracy_level: int
+    ) -> None:
+        self.writer = writer
+        self.spec = spec
+        self.weights = weights
+        self.accuracy_level = accuracy_level
+
+    def patches(self, pixels: str, *, bias: bool) -> str:
+        """Rows of the patch convolution of pixels ``[batch, tiles, 3, side, side]``."""
+        writer, spec = self.writer, self.spec
+        flat = self.reshape("tiles", pixels, [-1, 3, spec.image_size, spec.image_size])
+        shape = (spec.hidden_size, 3, spec.patch_size, spec.patch_size)
+        name = spec.prefix + spec.names.patch
+        stored = (shape[0], 3 * spec.patch_size**2) if spec.names.flat else shape
+        kernel = self.weights.array(f"{name}.weight", stored).reshape(shape)
+        inputs = [flat, float_weight(writer, "patch.weight", kernel)]
+        if bias:
+            inputs.append(self.vector(f"{name}.bias", spec.hidden_size))
+        attributes = {"kernel_shape": [spec.patch_size] * 2, "strides": [spec.patch_size] * 2}
+        patches = writer.node("Conv", "patch", inputs, attributes=attributes)
+        rows = self.reshape("patch_rows", patches, [0, spec.hidden_size, spec.patches**2])
+        return writer.node("Transpose", "patch_turn", [rows], attributes={"perm": [0, 2, 1]})
+
+    def behind_token(self, rows: str, positions: str, first: str) -> str:
+        """Rows with `positions` added, and before them the token `first` ``[1, 1, hidden]`` of every tile."""
+        writer = self.writer
+        placed = writer.node("Add", "placed", [rows, positions])
+        count = writer.node("Shape", "tile_count", [rows], attributes={"start": 0, "end": 1})
+        ones = writer.constant("class_token.shape", np.array([1, 1], np.int64))
+        shape = writer.node("Concat", "class_tokens.shape", [count, ones], attributes={"axis": 0})
+        tokens = writer.node("Expand", "class_tokens", [first, shape])
+        return writer.node("Concat", "embedded", [tokens, placed], attributes={"axis": 1})
+
+    def block(self, layer: int, x: Stream) -> Stream:
+        """Block `layer`: attention, then the MLP, each behind its norm and added to the residual."""
+        names = self.spec.names
+        at, name = f"{self.spec.prefix}{names.blocks}{layer}.", f"layers.{layer}"
+        normed, residual = self.norm(f"{at}{names.first_norm}", x)
+        attended = self._attention(name, f"{at}{names.attention}", normed)
+        product = self.product(f"{name}.out_proj", f"{at}{names.attention}{names.out}", attended)
+        normed, residual = self.norm(f"{at}{names.second_norm}", Stream(residual, *product))
+        return Stream(residual, *self._mlp(name, f"{at}mlp.", normed))
+
+    def norm(self, tensor: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
+        """Layer norm of the stream's sum, and that sum (which the `last` norm does not give)."""
+        name = self._short(tensor)
+        size = self.spec.hidden_size
+        scale, shift = self.vector(f"{tensor}.weight", size), self.vector(f"{tensor}.bias", size)
+        epsilon = {"epsilon": self.spec.norm_eps}
+        if not x.addition:
+            normed = self.writer.node(
+                "LayerNormalization",
+                name,
+                [x.residual, scale, shift],
+                attributes={**epsilon, "axis": -1},
+            )
+            return normed, x.residual
+        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
+        self.writer.node(
+            "SkipLayerNormalization",
+            name,
+            [x.residual, x.addition, scale, shift, x.bias],
+            domain=MICROSOFT,
+            outputs=outputs,
+            attributes=epsilon,
+        )
+        return outputs[0], outputs[-1]
+
+    def total(self, name: str, x: Stream) -> str:
+        """The stream's sum, where no norm follows."""
+        if not x.addition:
+            return x.residual
+        product = self.writer.node("Add", f"{name}/bias", [x.addition, x.bias])
+        return self.writer.node("Add", name, [x.residual, product])
+
+    def activate(self, name: str, kind: str, x: str, bias: str) -> str:
+        """The activation `kind` of x + bias."""
+        if kind == "quick_gelu":
+            biased = self.writer.node("Add", f"{name}/bias", [x, bias])
+            alpha = {"alpha": QUICK_GELU_ALPHA}
+            return self.writer.node("QuickGelu", name, [biased], domain=MICROSOFT, attributes=alpha)
+        return self.writer.node(ACTIVATION_OPS[kind], name, [x, bias], domain=MICROSOFT)
+
+    def product(
+        self, name: str, tensor: str, x: str, shape: tuple[int, int] | None = None
+    ) -> tuple[str, str]:
+        """Product with the matrix `tensor` (hidden x hidden unless `shape` says otherwise), and its
+        bias, still to be added.
+        """
+        rows, columns = shape or (self.spec.hidden_size, self.spec.hidden_size)
+        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns)
+        return self.multiply(name, x, matrix), self.vector(f"{tensor}.bias", rows)
+
+    def multiply(self, name: str, x: str, matrix: Matrix, *, output: str | None = None) -> str:
+        """``x @ matrix.T``; `output` names the result."""
+        return linear(self.writer, name, x, matrix, self.accuracy_level, output=output)
+
+    def vector(self, tensor: str, size: int) -> str:
+        """A bias or norm weight as a float32 value."""
+        return self.writer.weight(self._short(tensor), self.weights.vector(tensor, size))
+
+    def reshape(self, name: str, x: str, shape: list[int]) -> str:
+        """`x` in another shape; -1 and 0 as in ONNX."""
+        target = self.writer.constant(f"{name}.shape", np.array(shape, np.int64))
+        return self.writer.node("Reshape", name, [x, target])
+
+    def _attention(self, name: str, at: str, x: str) -> str:
+        size = self.spec.hidden_size
+        fused = self.spec.names.fused
+        values, biases = [], []
+        for part in () if fused else "qkv":
+            tensor = f"{at}{part}_proj"
+            matrix = self.weights.matrix(f"{tensor}.weight", size, size)
+            values.append(self.multiply(f"{name}.{part}_proj", x, matrix))
+            biases.append(self.weights.vector(f"{tensor}.bias", size))
+        if fused:
+            tensor, split = f"{at}{fused}", [f"{name}.{part}" for part in "qkv"]
+            matrix = self.weights.matrix(f"{tensor}.weight", 3 * size, size)
+            packed = self.multiply(f"{name}.qkv_proj", x, matrix)
+            parts = {"axis": -1, "num_outputs": 3}
+            self.writer.node("Split", f"{name}.split", [packed], outputs=split, attributes=parts)
+            values, biases = split, [self.weights.vector(f"{tensor}.bias", 3 * size)]
+        bias = self.writer.weight(f"{name}.qkv_proj.bias", np.concatenate(biases))
+        return self.attend(name, values, bias)
+
+    def attend(self, name: str, values: list[str], bias: str) -> str:
+        """Attention of queries, keys and values ``[tiles, rows, hidden]`` plus their parts of `bias`."""
+        # Without a mask onnxruntime's CPU kernel works in blocks: no patches x patches matrix.
+        return self.writer.node(
+            "MultiHeadAttention",
+            f"{name}.attention",
+            [*values, bias],
+            domain=MICROSOFT,
+            attributes={
+                "num_heads": self.spec.heads,
+                "scale": float(np.float32((self.spec.hidden_size // self.spec.heads) ** -0.5)),
+            },
+        )
+
+    def _mlp(self, name: str, at: str, x: str) -> tuple[str, str]:
+        hidden, inner = self.spec.hidden_size, self.spec.intermediate_size
+        wide, bias = self.product(f"{name}.fc1", f"{at}fc1", x, (inner, hidden))
+        active = self.activate(f"{name}.gelu", self.spec.activation, wide, bias)
+        return self.product(f"{name}.fc2", f"{at}fc2", active, (hidden, inner))
+
+    def _short(self, tensor: str) -> str:
+        return tensor.removeprefix(self.spec.prefix).removeprefix("encoder.")
