@@ -1,0 +1,37 @@
+"""docs/models.md is what its script writes, and the tests that it names exist."""
+
+from __future__ import annotations
+
+import re
+
+from exporter.catalog.profiles import find_model, model_profiles
+from exporter.families.table import FAMILIES
+from tests.support.family_cases import CASES
+from tools.write_models import CONTRACT, PAGE, PROOFS, ROOT, calibrated, case_of, render
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: python tools/write_models.py"
+
+
+def test_every_working_model_has_a_row_in_the_contract() -> None:
+    rows = {case.name for case in CASES}
+    used = set()
+    for name in model_profiles():
+        profile = find_model(name)
+        if profile.status == "plan-only":
+            assert profile.family not in FAMILIES
+            continue
+        assert case_of(profile) in rows, name
+        used.add(case_of(profile))
+    assert used == rows, "a row of the contract stands for no profile"
+
+
+def test_the_tests_it_names_exist() -> None:
+    source = (ROOT / CONTRACT).read_text(encoding="utf-8")
+    for test in PROOFS.values():
+        assert re.search(rf"^def {test}\(", source, re.MULTILINE), test
+    for name in model_profiles():
+        path, _, test = calibrated(find_model(name)).split(" ")[0].partition("::")
+        if path.startswith("tests/"):
+            assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8")

@@ -1,0 +1,144 @@
+"""Writes docs/models.md: what works for which system, each claim with the test that proves it.
+
+    python tools/write_models.py [--check]
+
+Run it after a change to profiles/models or to the families' contract tests; a test compares the file
+with what this script would write, and the tests it names with those there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from exporter.catalog.profiles import find_model, model_profiles
+from exporter.catalog.schema import ModelProfile
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/models.md"
+CONTRACT = "tests/contract/test_families.py"
+
+# The row of tests/support/family_cases.py that stands for a published model_type.
+CASES: Mapping[str, tuple[str, ...]] = {
+    "idefics": ("idefics",),
+    "idefics3": ("idefics3",),
+    "smolvlm": ("idefics3",),
+    "llava": ("llava",),
+    "llava_mistral": ("llava-med",),
+    "llava_next": ("llava_next-mistral", "llava_next-llama"),
+    "moondream1": ("moondream2",),
+    "moondream2": ("moondream2",),
+    "qwen2_vl": ("qwen2_vl",),
+    "qwen2_5_vl": ("qwen2_5_vl",),
+    "vision-encoder-decoder": ("vit-gpt2",),
+}
+# Column, and the contract's test that proves it.
+PROOFS: Mapping[str, str] = {
+    "ONNX, tokens of `generate`": "test_tokens_equal_generate",
+    "logits within 1e-4": "test_logits_equal_forward_at_two_shapes",
+    "tiles": "test_features_of_each_number_of_tiles",
+    "padded batch": "test_a_batch_of_two_with_padding",
+    "int8, int4": "test_quantized_models_stay_near",
+    "adapter": "test_an_adapter_merges_and_is_proven",
+    "without torch": "test_it_runs_without_torch",
+}
+# The calibrated schemes are tested apart: (test file, or why there is none).
+CALIBRATED: Mapping[str, str] = {
+    "idefics3": "tests/unit/calibrate/test_quantized_walk.py",
+    "llava": "tests/unit/calibrate/test_quantized_walk.py (the same Llama block)",
+    "qwen_vl": "tests/contract/test_qwen.py::test_calibrated_schemes_stay_near",
+}
+WHY_NOT: Mapping[str, str] = {
+    "bert": "text encoders are no captioners: `medexport run` has no verb for them yet",
+    "blip2": "the Q-Former between tower and decoder is not written yet",
+    "clip": "zero-shot classification and retrieval have no verb yet",
+    "clipseg": "text-prompted masks have no verb yet",
+    "cnn_transformer": "no public class or checkpoint: its sizes are unknown",
+    "t5": "summaries have no verb yet",
+}
+MISSING = (
+    ("MedFILIP, CRIS, BiomedCLIPSeg", "no published configuration was found: no profile"),
+    ("MedBridge", "no public code was found"),
+)
+INTRODUCTION = """\
+# Models: what works, and the test that says so
+
+Written by `tools/write_models.py`; do not edit. `medexport models` lists the same profiles.
+
+No published weights can be had where this is developed. Each architecture is exercised with small
+random configurations of the real classes in the published layout, and the profiles' names and sizes
+are checked against the published facts (`tests/unit/test_profiles.py`). The columns are tests of
+[{contract}](../{contract}); a cell is the test's parameter.
+
+{columns}
+- calibrated: GPTQ, AWQ and `mixed`, which walk the decoder block by block.
+
+"""
+
+
+def case_of(profile: ModelProfile) -> str | None:
+    """The contract's row for a profile; None when it has none."""
+    cases = CASES.get(profile.facts.model_type, ())
+    if len(cases) < 2:
+        return cases[0] if cases else None
+    text = profile.facts.config.get("text_config.model_type", "llama")
+    return next((c for c in cases if c.endswith(f"-{text}")), cases[0])
+
+
+def calibrated(profile: ModelProfile) -> str:
+    """The calibrated schemes' test, or why they are refused."""
+    if profile.family in CALIBRATED:
+        return CALIBRATED[profile.family]
+    return "refused: its decoder's blocks are not Llama's"
+
+
+def render() -> str:
+    """The page."""
+    working, planned = [], []
+    for name in model_profiles():
+        profile = find_model(name)
+        (planned if profile.status == "plan-only" else working).append(profile)
+    columns = "\n".join(f"- {title}: `{test}`" for title, test in PROOFS.items())
+    parts = [INTRODUCTION.format(contract=CONTRACT, columns=columns), "## Working\n\n"]
+    header = ["model", "family", "licence", "`--int4`", *PROOFS, "calibrated"]
+    parts.append(_table(header, (_row(p) for p in working)))
+    parts.append(
+        "\n## Planned only\n\n`medexport plan` knows their sizes; `build` refuses them.\n\n"
+    )
+    rows = [[p.name, p.family, WHY_NOT[p.family]] for p in planned]
+    parts.append(_table(["model", "family", "why not yet"], rows))
+    parts.append("\n## Not there\n\n")
+    parts.append(_table(["system", "why"], ([n, w] for n, w in MISSING)))
+    return "".join(parts)
+
+
+def _row(profile: ModelProfile) -> list[str]:
+    case = case_of(profile)
+    licence = (profile.hub.licence if profile.hub else None) or "not stated"
+    proofs = [f"`[{case}]`" if case else "no row in the contract"] * len(PROOFS)
+    scheme = profile.schemes.get("int4", "-")
+    return [profile.name, profile.family, licence, scheme, *proofs, calibrated(profile)]
+
+
+def _table(header: list[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Write the page, or with --check say whether it is current."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = render()
+    if options.check:
+        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
