@@ -170,6 +170,16 @@ def test_no_adapter(lab: Lab) -> None:
     assert "another model" in reason
 
 
+def test_the_wrong_adapter(lab: Lab) -> None:
+    other = sabotage.other_adapter(DEMO / "adapter", lab.root / "other-adapter")
+    merged = lab.root / "other"
+    merged.mkdir()
+    merge_adapters(DEMO / "model", [other], merged)
+    captioner = OrtCaptioner(lab.export(merged, "other-export"), threads=1)
+    reason = failed(lab.verdict("other", captioner), "distribution")
+    assert "another model" in reason
+
+
 def test_a_model_that_ignores_the_image(lab: Lab) -> None:
     reason = failed(lab.verdict("blind", lab.altered("blind", sabotage.blind)), "image use")
     assert "no longer depend on the image" in reason

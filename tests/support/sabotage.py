@@ -79,6 +79,22 @@ def two_bits(tensors: Tensors) -> None:
         tensors[name] = rounded.reshape(tensor.shape).astype(tensor.dtype)
 
 
+def other_adapter(adapter: Path, out: Path, seed: int = 3) -> Path:
+    """An adapter of the same shapes and size of change that was trained on something else.
+
+    The columns of each matrix A are exchanged at random: the same numbers, aimed at other inputs.
+    """
+    shutil.copytree(adapter, out)
+    rng = np.random.default_rng(seed)
+    path = out / "adapter_model.safetensors"
+    tensors: Tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if ".lora_A." in name:
+            tensors[name] = np.ascontiguousarray(tensor[:, rng.permutation(tensor.shape[1])])
+    save_file(tensors, path)
+    return out
+
+
 def shift_tokenizer(folder: Path, out: Path) -> Path:
     """Each ordinary token has the number of its neighbour, as after a wrongly added word."""
     shutil.copytree(folder, out)
