@@ -135,6 +135,12 @@ LAYOUTS = (
         head="lm_head.weight",
     ),
     Layout(
+        ("cnn_transformer",),
+        (),
+        embedding="embed_tokens.weight",
+        head="lm_head.weight",
+    ),
+    Layout(
         ("gpt2",),
         (
             ("h", "transformer.h"),

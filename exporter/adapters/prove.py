@@ -24,7 +24,7 @@ from exporter.adapters.rewrite import write_current
 from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
 from exporter.core.modelfiles import read_config
-from exporter.core.tensors import Checkpoint, total_bytes
+from exporter.core.tensors import FLOATS, Checkpoint, total_bytes
 from exporter.families.config import image_token
 from exporter.families.table import FAMILIES, family_of
 from exporter.families.torch_classes import is_own
@@ -152,7 +152,7 @@ def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) ->
 def _load_base(base: BaseModel) -> PreTrainedModel:
     """The base in float32; one that transformers has no class for, through the newest names."""
     if is_own(base.config):
-        tensors = {n: torch.from_numpy(base.tensors.float32(n)) for n in base.tensors.tensors}
+        tensors = _float_tensors(base)
         own: PreTrainedModel = model_of(base.folder, base.config, tensors)
         return own
     if base.config["model_type"] == read_config(base.folder / "config.json")["model_type"]:
@@ -161,12 +161,18 @@ def _load_base(base: BaseModel) -> PreTrainedModel:
 
     settings = dict(base.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    tensors = {n: torch.from_numpy(base.tensors.float32(n)) for n in base.tensors.tensors}
+    tensors = _float_tensors(base)
     kind = AutoModelForImageTextToText._model_mapping[type(config)]
     model: PreTrainedModel = kind.from_pretrained(
         None, config=config, state_dict=tensors, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+def _float_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
+    """The base's weights in float32, without the counters and masks that are no weights."""
+    names = [n for n, info in base.tensors.tensors.items() if info.dtype in FLOATS]
+    return {n: torch.from_numpy(base.tensors.float32(n)) for n in names}
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -169,6 +169,13 @@ def with_blocks(scheme: str, group_size: str | None, symmetric: bool | None) -> 
     help="Compare on the first N cases only; 0: all.",
 )
 @click.option(
+    "--robustness",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also compare on N images slightly changed (5 captions each, not gated); 0: none.",
+)
+@click.option(
     "--compare/--no-compare",
     default=True,
     help="Without comparison the bundle says that there was none.",
@@ -201,6 +208,8 @@ def build(model: str, form: str, as_json: bool, **options: Any) -> None:
     name = take_scheme(options)
     if name is None:
         raise click.UsageError(ONE_SCHEME)
+    if options["robustness"] and not options["compare"]:
+        raise click.UsageError("--robustness is part of the comparison; leave out --no-compare")
     out = options.pop("out") or Path(f"{Path(model).name}-{name}")
     request = BuildRequest(model=model, scheme=name, out=out, **options)
     result = build_bundle(request, Console())
@@ -228,9 +237,7 @@ def plan(context: int | None, batch: int, as_json: bool, **options: Any) -> None
 
     asked = take_scheme(options)
     model, weights = options["model"], options["weights"]
-    outlook = make_outlook(
-        model, weights, asked, options["target"], context=context, batch=batch
-    )
+    outlook = make_outlook(model, weights, asked, options["target"], context=context, batch=batch)
     report = None
     if asked and weights_at_hand(model, weights):
         from exporter.pipeline.plan import make_plan

@@ -186,6 +186,13 @@ def parity(
 @click.option("--prompt", help="Default: that of the first bundle, else the evaluation set's.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the first bundle's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: the usable cores.")
+@click.option(
+    "--robustness",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Also on N images slightly changed (5 captions each, not gated); 0: none.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("--out", type=FOLDER, metavar="DIR", help="Keep the reports here. Must not exist.")
 def compare(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
@@ -197,10 +204,10 @@ def compare(models: tuple[str, ...], out: Path | None, as_json: bool, **options:
     import msgspec
 
     from exporter.compare.table import comparison_table
-    from exporter.pipeline.compared import compare_any
+    from exporter.pipeline.compared import Asked, compare_any
 
     def make(folder: Path, console: Console) -> Any:
-        return compare_any(models, folder, progress=console.advance, **options)
+        return compare_any(models, folder, Asked(**options), progress=console.advance)
 
     with ExitStack() as stack:
         if out is None:

@@ -229,6 +229,7 @@ def _caption_row(judged: Judged) -> CaptionRow:
         stopped=judged.said.stopped,
         blank=tuple(probe.blank) if probe else None,
         prompt=probe.prompt if probe else None,
+        perturbed=judged.said.perturbed,
     )
 
 

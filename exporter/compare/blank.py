@@ -28,7 +28,12 @@ class Probed(Captioner, Protocol):
 
 def probed_ids(job: Job) -> frozenset[str]:
     """The cases that are probed: `job.probes` of them at equal distances."""
-    count = min(job.probes, len(job.cases))
+    return spread_ids(job, job.probes)
+
+
+def spread_ids(job: Job, wanted: int) -> frozenset[str]:
+    """`wanted` of the job's cases at equal distances, or all."""
+    count = min(wanted, len(job.cases))
     return frozenset(job.cases[i * len(job.cases) // count].id for i in range(count))
 
 

@@ -26,6 +26,8 @@ from exporter.compare.passes import (
 from exporter.compare.power import size_line
 from exporter.compare.records import SCHEMA, Comparison, Row
 from exporter.compare.report import render_report
+from exporter.compare.robustness import robustness_figures
+from exporter.compare.robustness_report import robustness_method
 from exporter.compare.speed import memory_figures, speed_figures
 from exporter.compare.tradeoff import TradeOff
 from exporter.compare.wording import method_lines, summary_line
@@ -103,7 +105,9 @@ def _assemble(
     models = {c.name: c for c in candidates} | {NOISE_FLOOR: reference}
     captions, how = judged_figures(judged, plan.metrics)
     rows = tuple(
-        _row(name, models[name], setting, results[name], judged, timed.get(name, ()), captions)
+        _row(
+            name, models[name], setting, results[name], judged, timed.get(name, ()), captions, judge
+        )
         for name in results
     )
     floor = noise_floor_threads(setting.threads)
@@ -124,6 +128,7 @@ def _assemble(
         machine=_machine(setting.threads),
         method=method_lines(rows, setting.threads, floor)
         | {f"metric {name}": line for name, line in how.items()}
+        | robustness_method(rows)
         | {"sample size": size_line(plan.gate)},
         rows=rows,
         cases=assemble.case_rows(judged, judge, {c.id: c.sha256 for c in setting.cases}),
@@ -144,6 +149,7 @@ def _row(
     judged: Mapping[str, Sequence[assemble.Judged]],
     timed: Sequence[JobResult],
     captions: Mapping[str, CaptionFigures],
+    judge: assemble.Judge,
 ) -> Row:
     own, base = judged[name], next(iter(judged.values()))
     first = own is base
@@ -174,6 +180,7 @@ def _row(
         moved=None if first else assemble.moved_figures(own),
         distribution=None if first else assemble.distribution_figures(own),
         by_modality=assemble.slices(own),
+        robustness=robustness_figures(own, base, judge),
     )
 
 

@@ -35,7 +35,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: "reference" captions, scores its own captions and keeps the logits in `folder`/logits up
     to `logits_bytes`; "candidate" captions and scores the tokens of the worker in `reference`;
     "speed" captions only, `repeat` tells one such process from the next. The first two also probe
-    `probes` cases, spread over all: see `Probe`.
+    `probes` cases, spread over all: see `Probe`; and caption `perturbed` cases, spread alike, under
+    each perturbation of `perturb`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits_bytes: int = 0
     repeat: int = 0
     probes: int = 0
+    perturbed: int = 0
 
     @property
     def digest(self) -> str:
@@ -83,7 +85,10 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One caption with its times in seconds; `scores` where logits were compared."""
+    """One caption with its times in seconds; `scores` where logits were compared.
+
+    perturbed: what the model says of the perturbed image, by the perturbation's name.
+    """
 
     id: str
     text: str
@@ -96,6 +101,7 @@ class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode: list[float]
     scores: Scores | None = None
     probe: Probe | None = None
+    perturbed: dict[str, str] = {}
 
     @property
     def first_token(self) -> float:
@@ -112,7 +118,8 @@ class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a worker measured; memory in bytes, None where the system does not say.
 
     peak_load and peak_run are peaks of the resident set up to the end of loading and after it;
-    they are one number where the peak cannot be reset (`peak_was_reset` False).
+    they are one number where the peak cannot be reset (`peak_was_reset` False). `gpu` is what NVML
+    says the process held at its end.
     """
 
     job: str
@@ -123,6 +130,7 @@ class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_was_reset: bool
     versions: dict[str, str]
     cases: list[CaseResult]
+    gpu: int | None = None
 
 
 def run_job(job: Job, progress: Progress = silent) -> JobResult:

@@ -1,8 +1,10 @@
-"""Memory of this process as Linux counts it; None where the system does not say."""
+"""Memory of this process as Linux and the GPU's driver count it; None where they do not say."""
 
 from __future__ import annotations
 
+import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 PROC = Path("/proc/self")
@@ -28,6 +30,35 @@ def reset_peak(proc: Path = PROC) -> bool:
     except OSError:
         return False
     return True
+
+
+def gpu_memory() -> int | None:
+    """GPU memory in bytes that this process holds now, over all NVIDIA GPUs (NVML).
+
+    None without the package nvidia-ml-py, driver or GPU, and where the driver does not list this
+    process: it holds nothing, or lists another number for it (containers with process numbers of their
+    own), or hides the amount.
+    """
+    if find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver or no device: both mean that there is nothing to ask
+        return None
+    held: list[int] = []
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            listed = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            own = [p.usedGpuMemory for p in listed if p.pid == os.getpid()]
+            held += [int(amount) for amount in own if amount is not None]
+    except pynvml.NVMLError:  # a device that forbids the question, such as a shared slice of one
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return sum(held) if held else None
 
 
 def _kilobytes(path: Path, pattern: str) -> int | None:

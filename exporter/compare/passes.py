@@ -23,7 +23,8 @@ from exporter.core.progress import Progress
 class Plan:
     """How much is measured, and the margins that the verdict holds the figures to.
 
-    `probes` cases are also captioned with their image blanked; `logits_bytes` is the disk space for
+    `probes` cases are also captioned with their image blanked, `perturbed` cases with it slightly
+    changed (see `perturb`; 0: none, it costs 5 captions each); `logits_bytes` is the disk space for
     the reference's logits; `noise_floor`: run the reference twice; `smoke`: a quick look, whatever the
     number of images; `metrics`: which caption metrics, the built-in ones unless asked.
     """
@@ -31,6 +32,7 @@ class Plan:
     speed: SpeedPlan = field(default_factory=SpeedPlan)
     logits_bytes: int = 4 << 30
     probes: int = 64
+    perturbed: int = 0
     noise_floor: bool = True
     gate: Gate = field(default_factory=Gate)
     smoke: bool = False
@@ -95,13 +97,14 @@ def quality_pass(
     """Captions and logits: the reference first, then its repetition, then the candidates."""
     reference = candidates[0]
     probes = min(plan.probes, len(setting.cases))
+    asked = {"probes": probes, "perturbed": min(plan.perturbed, len(setting.cases))}
     first = setting.job(
-        reference, "reference", reference.name, logits_bytes=plan.logits_bytes, probes=probes
+        reference, "reference", reference.name, logits_bytes=plan.logits_bytes, **asked
     )
     other = replace(setting, threads=noise_floor_threads(setting.threads))
     # The reference's digest is part of theirs: scores against another reference are worthless.
     against: dict[str, str | int] = {
-        "reference": first.folder, "reference_job": first.digest, "probes": probes,
+        "reference": first.folder, "reference_job": first.digest, **asked,
     }  # fmt: skip
     jobs = [other.job(reference, "candidate", NOISE_FLOOR, **against)] if plan.noise_floor else []
     models = [c for c in candidates[1:] if c.runtime != "predictions"]

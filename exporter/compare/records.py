@@ -50,13 +50,17 @@ class Speed(Record, frozen=True):
 
 
 class Memory(Record, frozen=True):
-    """Bytes, medians over the speed processes; None where the system does not say."""
+    """Bytes, medians over the speed processes; None where the system does not say.
+
+    gpu: held by the process at its end, by NVML.
+    """
 
     processes: int
     peak: int | None
     peak_load: int | None
     unique: int | None
     peak_was_reset: bool
+    gpu: int | None = None
 
 
 class Distribution(Record, frozen=True):
@@ -118,10 +122,23 @@ class Slice(Record, frozen=True):
     kl_mean: float | None
 
 
+class Robustness(Record, frozen=True):
+    """One perturbation: images whose facts changed against the same model's clean caption.
+
+    flipped: images with a fact turned over; difference: share changed less the reference's, paired
+    (None for the reference).
+    """
+
+    changed: Figure
+    flipped: int
+    difference: Figure | None = None
+
+
 class Row(Record, frozen=True):
     """All figures of one model; differences are this model minus the reference, paired.
 
-    `captions` are the caption metrics of `captions/table.py` by figure.
+    `captions` are the caption metrics of `captions/table.py` by figure, `robustness` is by
+    perturbation (empty: not asked).
     """
 
     name: str
@@ -145,6 +162,7 @@ class Row(Record, frozen=True):
     moved: Moved | None = None
     distribution: Distribution | None = None
     by_modality: dict[str, Slice] = {}
+    robustness: dict[str, Robustness] = {}
 
 
 class ChangeRow(Record, frozen=True):
@@ -160,6 +178,7 @@ class CaptionRow(Record, frozen=True):
 
     `ids` are the generated tokens, `blank` those for a blank image (None: not asked) and `prompt` the
     digest of the input tokens: with them a later `medexport check` needs no reference model.
+    `perturbed` are the texts for the perturbed image, by perturbation (empty: not asked).
     """
 
     text: str
@@ -173,6 +192,7 @@ class CaptionRow(Record, frozen=True):
     stopped: bool = True
     blank: tuple[int, ...] | None = None
     prompt: str | None = None
+    perturbed: dict[str, str] = {}
 
 
 class CaseRow(Record, frozen=True):

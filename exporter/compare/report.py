@@ -12,6 +12,7 @@ from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.caption_report import caption_tables
 from exporter.compare.plots import plots
 from exporter.compare.records import CaptionRow, CaseRow, Comparison, Row
+from exporter.compare.robustness_report import robustness_section
 from exporter.compare.table import HEADER, shown_gates, table_cells
 from exporter.compare.tradeoff import TradeOff, tradeoff_section
 from exporter.compare.wording import (
@@ -36,6 +37,7 @@ SECTIONS = (
     ("worst", "Largest differences without a flip"),
     ("plots", "Cost against quality"),
     ("slices", "By modality and kind of fact"),
+    ("robustness", "Slightly changed images"),
     ("speed", "Speed, memory and size"),
     ("tradeoff", "Bytes against quality"),
     ("method", "How each figure was measured"),
@@ -66,13 +68,15 @@ def render_report(
         "worst": _worst(comparison),
         "plots": plots(comparison) or "<p>Too little was measured to draw.</p>\n",
         "slices": _slices(comparison),
+        "robustness": robustness_section(comparison),
         "speed": _speed(comparison),
         "tradeoff": "".join(tradeoff_section(n, c) for n, c in (curves or {}).items()),
         "method": html.definitions(comparison.method.items()),
         "lineage": html.definitions((k, _plain(v)) for k, v in _lineage(comparison, lineage)),
         "release": _release(),
     }
-    sections = [(a, t) for a, t in SECTIONS if a != "tradeoff" or curves]
+    # What was not asked for has no section.
+    sections = [(a, t) for a, t in SECTIONS if bodies[a] or a not in ("tradeoff", "robustness")]
     links = "".join(f'<li><a href="#{a}">{html.text(t)}</a></li>' for a, t in sections)
     title = f"Comparison with {comparison.reference}"
     head = (
@@ -260,7 +264,7 @@ def _slices(c: Comparison) -> str:
 def _speed(c: Comparison) -> str:
     header = (
         "model", "load ms", "prepare ms", "vision ms", "TTFT ms", "TTFT p90", "ms/token", "tok/s",
-        "total ms", "total p90", "spread", "runs", "peak MB", "unique MB",
+        "total ms", "total p90", "spread", "runs", "peak MB", "unique MB", "GPU MB",
     )  # fmt: skip
     cells = [
         (
@@ -272,6 +276,7 @@ def _speed(c: Comparison) -> str:
             str(s.runs),
             megabytes(row.memory.peak if row.memory else None),
             megabytes(row.memory.unique if row.memory else None),
+            megabytes(row.memory.gpu if row.memory else None),
         )
         for row in c.rows
         if (s := row.speed)

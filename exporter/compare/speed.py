@@ -67,6 +67,7 @@ def memory_figures(results: Sequence[JobResult]) -> Memory:
         if r.peak_load is not None and r.peak_run is not None
     ]
     loads = [r.peak_load for r in results if r.peak_load is not None]
+    held = [r.gpu for r in results if r.gpu is not None]
     uniques = [r.unique for r in results if r.unique is not None]
     return Memory(
         processes=len(results),
@@ -74,4 +75,5 @@ def memory_figures(results: Sequence[JobResult]) -> Memory:
         peak_load=int(median(loads)) if loads else None,
         unique=int(median(uniques)) if uniques else None,
         peak_was_reset=all(r.peak_was_reset for r in results),
+        gpu=int(median(held)) if held else None,
     )

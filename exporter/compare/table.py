@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import Comparison, Row
+from exporter.compare.robustness_report import robustness_note
 from exporter.compare.verdict import GateReport
 from exporter.compare.wording import (
     DASH,
@@ -102,7 +103,9 @@ def _notes(comparison: Comparison) -> list[str]:
         f"{c.captioned}; reference: {c.reference}{smoke_note(c)}."
     )
     notes = [first]
-    notes += [_differences(row) for row in c.rows if row.role == "candidate"]
+    candidates = [row for row in c.rows if row.role == "candidate"]
+    notes += [_differences(row) for row in candidates]
+    notes += [said for row in candidates if (said := robustness_note(row))]
     notes += [f"{n.capitalize()}: {c.method[n]}." for n in ("noise floor", "speed", "memory")
               if n in c.method]  # fmt: skip
     notes.append(

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.compare.blank import Probed, probe_case, probed_ids
+from exporter.compare.blank import Probed, probe_case, probed_ids, spread_ids
 from exporter.compare.jobs import (
     CaseResult,
     Job,
@@ -26,7 +26,8 @@ from exporter.compare.jobs import (
     Scores,
     read_result,
 )
-from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
+from exporter.compare.memory import gpu_memory, peak_rss, reset_peak, unique_bytes
+from exporter.compare.perturb import perturbed_captions
 from exporter.compare.quality.distribution import compare_logits
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.errors import InputRefused, MedexportError
@@ -61,6 +62,7 @@ def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
     peak_load, reset = peak_rss(), reset_peak()
     spill = _Spill(Path(job.folder) / "logits", job.logits_bytes)
     tokens, probed = _reference_tokens(job), probed_ids(job)
+    perturbed = spread_ids(job, job.perturbed)
     cases: list[CaseResult] = []
     for case in job.cases:
         caption = _caption(captioner, job, case)
@@ -71,7 +73,8 @@ def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
             scores = _compare(captioner, job, case, tokens[case.id], len(cases))
         if case.id in probed:
             probe = probe_case(captioner, job, case, caption, tokens.get(case.id))
-        cases.append(_result(case, caption, scores, probe))
+        moved = perturbed_captions(captioner, job, case) if case.id in perturbed else {}
+        cases.append(_result(case, caption, scores, probe, moved))
         sys.stdout.write(f"{case.id}\n")
         sys.stdout.flush()
     return JobResult(
@@ -83,6 +86,7 @@ def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
         peak_was_reset=reset,
         versions=_versions(job.runtime),
         cases=cases,
+        gpu=gpu_memory(),
     )
 
 
@@ -161,7 +165,11 @@ def _compare(
 
 
 def _result(
-    case: JobCase, caption: Caption, scores: Scores | None, probe: Probe | None
+    case: JobCase,
+    caption: Caption,
+    scores: Scores | None,
+    probe: Probe | None,
+    perturbed: dict[str, str],
 ) -> CaseResult:
     timing = caption.timing
     return CaseResult(
@@ -176,6 +184,7 @@ def _result(
         decode=list(timing.decode),
         scores=scores,
         probe=probe,
+        perturbed=perturbed,
     )
 
 

@@ -24,7 +24,8 @@ POSITIONS = "position embedding: added, not multiplied"
 PATCHES = "patch convolution: first layer, few bytes"
 # Buffers that older transformers saved although they follow from the config.
 BUFFERS = re.compile(
-    r"\.(rotary_emb\.inv_freq|embeddings\.position_ids|(attn|crossattention)\.(masked_)?bias)$"
+    r"\.(rotary_emb\.inv_freq|embeddings\.position_ids|num_batches_tracked"
+    r"|(attn|crossattention)\.(masked_)?bias)$"
 )
 
 # "decoder" and "vision" are linear layers, of which the scheme decides by the part they are in.
@@ -320,7 +321,7 @@ class Family(Protocol):
     """
 
     MODEL_TYPES: tuple[str, ...]
-    # Class of transformers by model_type.
+    # Class of transformers by model_type; ``module:Class`` for a class of the family's own.
     TORCH_CLASSES: Mapping[str, str]
 
     def decoder_spec(self, config: Mapping[str, Any]) -> TextDecoder:

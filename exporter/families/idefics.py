@@ -58,8 +58,8 @@ def decoder_spec(config: Mapping[str, Any]) -> GatedLlama:
     interval = count(config, "cross_layer_interval", 1, where)
     if llama.layers % interval or llama.heads != llama.kv_heads:
         raise InputRefused(
-            f"config.json: {llama.layers} layers with a gated block before every {interval}th, "
-            f"{llama.heads} heads and {llama.kv_heads} key-value heads; expected a multiple, and equal heads"
+            f"config.json: {llama.layers} layers with cross_layer_interval {interval}, {llama.heads} heads "
+            f"and {llama.kv_heads} key-value heads; expected a multiple of it, and as many of both heads"
         )
     kind = choice(config, "alpha_type", "float", ("float", "vector"), where)
     perceiver = _part(config, "perceiver_config")
@@ -113,11 +113,14 @@ def proof_inputs(
 ) -> tuple[dict[str, NDArray[Any]], int]:
     """Two random images; the first tokens see none, the next ones the first, the rest the second."""
     side = tower_spec(config).tower.image_size
-    pixels = rng.uniform(-1, 1, (1, PROOF_IMAGES, 3, side, side)).astype(np.float32)
+    pixels: NDArray[Any] = rng.uniform(-1, 1, (1, PROOF_IMAGES, 3, side, side)).astype(np.float32)
     mask = np.zeros((1, len(ids), PROOF_IMAGES), np.int64)
     mask[:, 4:12, 0], mask[:, 12:, 1] = 1, 1
-    inputs = {"input_ids": ids[None], "pixel_values": pixels, "image_attention_mask": mask}
-    return inputs, PROOF_IMAGES
+    return {
+        "input_ids": ids[None],
+        "pixel_values": pixels,
+        "image_attention_mask": mask,
+    }, PROOF_IMAGES
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def library_features(model: Any, inputs: PromptInputs) -> torch.Tensor:
 
 def torch_start(model: Any, features: torch.Tensor, inputs: PromptInputs) -> IdeficsText:  # noqa: ARG001
     """See `families.base.CrossFamily.torch_start`."""
-    images = features.unflatten(0, (len(inputs.pixel_values), -1))[None]
+    images = features.reshape(1, len(inputs.pixel_values), -1, features.shape[-1])
     return IdeficsText(images, VisibleImages(inputs.image_mask), None)
 
 

@@ -126,8 +126,8 @@ def read_idefics_preparer(
             f"{folder / 'tokenizer.json'}: no token '{IMAGE}' or '{FAKE}'; expected both, is it the "
             "tokenizer of another model?"
         )
-    end = special_tokens(folder).get("eos_token")
-    return IdeficsPreparer(text, images, image, end and text.tokenizer.token_to_id(end))
+    end = text.tokenizer.token_to_id(special_tokens(folder).get("eos_token", ""))
+    return IdeficsPreparer(text, images, image, end)
 
 
 def _surrounded(parts: Sequence[str]) -> str:

@@ -146,7 +146,7 @@ def prompt_config(given: Mapping[str, Any]) -> dict[str, Any]:
     tokens = {**TOKENS, **given}
     if "answer_id" in given:
         raise InputRefused(
-            "config.json: config.tokenizer has an answer_id: revisions of Moondream2 from 2025-06 on are not "
+            "config.json or config.py names an answer_id: revisions of Moondream2 from 2025-06 on are not "
             f"known here (another tokenizer, and tokens that are forbidden in answers); expected {REVISION}"
         )
     templates = tokens["templates"]

@@ -228,7 +228,9 @@ def swap_stem(name: str, old: str, new: str) -> str | None:
 
 
 def _swapped(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    fitting = [(old, found) for old, new in pairs if (found := swap_stem(name, old, new)) is not None]
+    fitting = [
+        (old, found) for old, new in pairs if (found := swap_stem(name, old, new)) is not None
+    ]
     if not fitting:
         return name
     return max(fitting, key=lambda pair: pair[0].count("."))[1]

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from exporter.core.errors import InputRefused
-from exporter.families import idefics, idefics3, llava, moondream, qwen_vl, vision_encoder_decoder
+from exporter.families import (
+    cnn_transformer,
+    idefics,
+    idefics3,
+    llava,
+    moondream,
+    qwen_vl,
+    vision_encoder_decoder,
+)
 from exporter.families.base import Family
 
 FAMILIES: dict[str, Family] = {
@@ -16,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     "moondream": cast(Family, moondream),
     "qwen_vl": cast(Family, qwen_vl),
     "vision_encoder_decoder": cast(Family, vision_encoder_decoder),
+    "cnn_transformer": cast(Family, cnn_transformer),
 }
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from exporter.core.errors import InputRefused
-from exporter.families.base import DecoderSpec, GenerationSettings
+from exporter.families.base import GenerationSettings
 from exporter.families.chat import ChatTemplate
+from exporter.families.decoder import TextDecoder
 from exporter.families.textfiles import read_template, read_tokenizer, special_tokens, stop_ids
 
 
@@ -93,7 +94,7 @@ def refuse_typed(marker: str) -> InputRefused:
 
 
 def read_text_side(
-    folder: Path, config: Mapping[str, Any], decoder: DecoderSpec, also_stops: Sequence[str] = ()
+    folder: Path, config: Mapping[str, Any], decoder: TextDecoder, also_stops: Sequence[str] = ()
 ) -> TextSide:
     """Read tokenizer, chat template and stop tokens of a model folder.
 

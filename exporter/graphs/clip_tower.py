@@ -38,9 +38,7 @@ def build_llava_vision(vit: Vit, spec: LlavaVision) -> None:
     """Inputs, outputs and nodes of the graph, in the ops that `vit` has; see `write_llava_vision`."""
     writer = vit.writer
     side = spec.tower.image_size
-    pixels = writer.input(
-        "pixel_values", TensorProto.FLOAT, ["batch_size", "tiles", 3, side, side]
-    )
+    pixels = writer.input("pixel_values", TensorProto.FLOAT, ["batch_size", "tiles", 3, side, side])
     hidden = clip_states(vit, spec.tower, pixels)
     if not spec.class_token:
         hidden = _without_class_token(writer, hidden)

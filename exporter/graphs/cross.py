@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
+from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import cross_names
 from exporter.families.vit_tower import CrossVit
 from exporter.graphs.linear import float_weight, linear
@@ -60,7 +61,7 @@ def _embedded(vit: Vit, spec: CrossVit, pixels: str) -> str:
 
 
 def _keys_and_values(vit: Vit, spec: CrossVit, rows: str, layer: int) -> None:
-    """Outputs for one block of the decoder, in the layout of its attention op."""
+    """What one block of the decoder makes of the rows."""
     writer, decoder = vit.writer, spec.decoder
     name, tensor = f"cross.{layer}", decoder.cross_layer(layer)
     width = decoder.hidden_size
@@ -68,12 +69,25 @@ def _keys_and_values(vit: Vit, spec: CrossVit, rows: str, layer: int) -> None:
     product = linear(writer, name, rows, matrix, vit.accuracy_level)
     bias = writer.weight(f"{name}.bias", vit.weights.vector(f"{tensor}.bias", 2 * width))
     both = writer.node("Add", f"{name}/bias", [product, bias])
-    heads = vit.reshape(f"{name}.heads", both, [0, 0, 2 * decoder.heads, decoder.head_dim])
+    write_cross_outputs(writer, decoder, spec.rows, layer, both)
+
+
+def write_cross_outputs(
+    writer: GraphWriter, decoder: TextDecoder, rows: int, layer: int, both: str
+) -> None:
+    """Keys and values ``[images, rows, 2 * hidden]`` as the graph's outputs for one decoder layer, in the
+    layout of its attention op.
+    """
+    name, width = f"cross.{layer}", decoder.head_dim
+    split = writer.constant(
+        "cross.heads.shape", np.array([0, 0, 2 * decoder.heads, width], np.int64)
+    )
+    heads = writer.node("Reshape", f"{name}.heads", [both, split])
     turned = writer.node("Transpose", f"{name}.turn", [heads], attributes={"perm": [0, 2, 1, 3]})
-    shape: list[int | str] = ["images", decoder.heads, spec.rows, decoder.head_dim]
+    shape: list[int | str] = ["images", decoder.heads, rows, width]
     outputs = [
         writer.output(output, TensorProto.FLOAT, shape)
         for output in cross_names(decoder.layers)[2 * layer : 2 * layer + 2]
     ]
-    split = {"axis": 1, "num_outputs": 2}
-    writer.node("Split", f"{name}.parts", [turned], outputs=outputs, attributes=split)
+    halves = {"axis": 1, "num_outputs": 2}
+    writer.node("Split", f"{name}.parts", [turned], outputs=outputs, attributes=halves)

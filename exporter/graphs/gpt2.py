@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
 
 from exporter.core.errors import InputRefused
 from exporter.families.gpt2 import Gpt2Spec
@@ -16,7 +15,6 @@ from exporter.graphs.vit import ACTIVATION_OPS, Stream
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 # GroupQueryAttention's own bound.
 HEAD_MULTIPLE = 8
 
@@ -67,15 +65,8 @@ class _Decoder:
 
     def _placed(self) -> str:
         """Embeddings with the learned positions of their places."""
-        writer, spec = self.writer, self.spec
-        shape = (spec.max_positions, spec.hidden_size)
-        table = self.weights.array(spec.positions, shape)
-        rows = writer.node(
-            "Gather", "wpe", [writer.weight("wpe.weight", table), self.text.places()]
-        )
-        if table.dtype != np.float32:
-            rows = writer.node("Cast", "wpe/cast", [rows], attributes={"to": FLOAT})
-        return writer.node("Add", "placed", [self.text.embeds, rows])
+        shape = (self.spec.max_positions, self.spec.hidden_size)
+        return self.text.placed(self.weights.array(self.spec.positions, shape))
 
     def _block(self, layer: int, x: Stream) -> Stream:
         at, name = self.spec.block(layer), f"h.{layer}"
@@ -106,15 +97,10 @@ class _Decoder:
         name = f"h.{layer}.crossattention"
         product, bias = self._product(layer, "crossattention.q_attn", x)
         queries = writer.node("Add", f"{name}.q_attn/bias", [product, bias])
-        shape: list[int | str] = ["batch_size", spec.heads, "image_rows", spec.head_dim]
-        image = [
-            writer.input(f"cross_key_values.{layer}.{part}", FLOAT, shape)
-            for part in ("key", "value")
-        ]
         return writer.node(
             "MultiHeadAttention",
             name,
-            [queries, *image],
+            [queries, *self.text.image(layer)],
             domain=MICROSOFT,
             attributes={
                 "num_heads": spec.heads,

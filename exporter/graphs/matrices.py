@@ -35,6 +35,17 @@ class GatedMatrix:
 Matrix = FloatArray | PackedMatrix | Nf4Matrix | StaticMatrix | WatchedMatrix | GatedMatrix
 
 
+def take_rows(matrix: Matrix, rows: slice) -> Matrix:
+    """Some rows of a float or packed matrix, exactly. Raises ValueError for another form."""
+    if isinstance(matrix, np.ndarray):
+        return matrix[rows]
+    if not isinstance(matrix, PackedMatrix):
+        raise ValueError(f"rows of a {type(matrix).__name__} are not taken apart")
+    zeros = None if matrix.zero_points is None else matrix.zero_points[rows]
+    qdata, scales = matrix.qdata[rows], matrix.scales[rows]
+    return PackedMatrix(matrix.format, matrix.columns, qdata, scales, zeros)
+
+
 def stack_rows(parts: Sequence[Matrix]) -> Matrix:
     """One matrix of all rows. Exact for packed parts: their blocks run along the columns.
 

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from exporter.families.base import DecoderSpec, TowerSpec, VisionSpec
+from exporter.families.cnn_transformer import CellVision
 from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import Gpt2Spec
 from exporter.families.idefics_specs import GatedLlama, ResampledVision
 from exporter.families.llava_vision import LlavaVision
 from exporter.families.moondream_vision import MoondreamVision
 from exporter.families.phi import PhiSpec
+from exporter.families.post_norm import PostNormDecoder
 from exporter.families.qwen_vision import QwenVisionSpec
 from exporter.families.vit_tower import CrossVit
 from exporter.graphs.clip_tower import write_llava_vision
 from exporter.graphs.cross import write_cross_vit
 from exporter.graphs.decoder import DecoderOptions, write_decoder
+from exporter.graphs.densenet import write_cell_vision
 from exporter.graphs.embedding import write_embedding
 from exporter.graphs.gated import write_gated_llama, write_parted_embedding
 from exporter.graphs.gpt2 import write_gpt2
 from exporter.graphs.moondream_tower import write_moondream_vision
 from exporter.graphs.perceiver import write_resampled_vision
 from exporter.graphs.phi import write_phi
+from exporter.graphs.post_norm import write_post_norm
 from exporter.graphs.qwen_tower import write_qwen_vision
 from exporter.graphs.tower import write_tower
 from exporter.graphs.weights import WeightSource
@@ -39,6 +43,7 @@ VISION_WRITERS: Mapping[type, Writer] = {
     LlavaVision: write_llava_vision,
     QwenVisionSpec: write_qwen_vision,
     CrossVit: write_cross_vit,
+    CellVision: write_cell_vision,
     MoondreamVision: write_moondream_vision,
     ResampledVision: write_resampled_vision,
 }
@@ -46,6 +51,7 @@ DecoderWriter = Callable[[Path, Any, WeightSource, DecoderOptions], WrittenGraph
 DECODER_WRITERS: Mapping[type, DecoderWriter] = {
     DecoderSpec: write_decoder,
     Gpt2Spec: write_gpt2,
+    PostNormDecoder: write_post_norm,
     PhiSpec: write_phi,
     GatedLlama: write_gated_llama,
 }

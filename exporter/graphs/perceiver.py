@@ -91,7 +91,9 @@ class _Resampler:
             name = f"cross_key_values.{block}.{output}"
             shape: list[int | str] = ["batch_size", d.heads, "image_rows", d.head_dim]
             writer.output(name, TensorProto.FLOAT, shape)
-            x = self._product(f"{name}/product", f"{at}{part}_proj", rows, d.hidden_size, d.image_width)
+            x = self._product(
+                f"{name}/product", f"{at}{part}_proj", rows, d.hidden_size, d.image_width
+            )
             x = self.vit.reshape(f"{name}/heads", x, [0, 0, d.heads, d.head_dim])
             if part == "k" and d.qk_norms:
                 scale = self.weights.vector(f"{at}k_layer_norm.weight", d.head_dim)
@@ -117,7 +119,9 @@ class _Resampler:
             for part, x in sources.items()
         }
         for part in "qk" if p.qk_norms else "":
-            heads = self.vit.reshape(f"{name}.{part}_heads", parts[part], [0, 0, p.heads, p.head_dim])
+            heads = self.vit.reshape(
+                f"{name}.{part}_heads", parts[part], [0, 0, p.heads, p.head_dim]
+            )
             normed = self._norm(f"{name}.{part}_norm", f"{at}{part}_layer_norm", heads, p.head_dim)
             parts[part] = self.vit.reshape(f"{name}.{part}", normed, [0, 0, inside])
         attended = writer.node(

@@ -52,7 +52,7 @@ class GatedSource(WeightSource):
             return GatedMatrix((name,), values, self._gated[name])
         return values
 
-    def vector(self, name: str, size: int) -> NDArray[np.float32]:
+    def vector(self, name: str, size: int, *, again: bool = False) -> NDArray[np.float32]:
         """See `WeightSource`."""
-        values = super().vector(name, size)
+        values = super().vector(name, size, again=again)
         return self._changed.get(name, values)

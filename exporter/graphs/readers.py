@@ -23,9 +23,7 @@ from exporter.graphs.writer import WrittenGraph
 TEMPLATES = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 
 
-def complete_for_readers(
-    model: Path, parts: Sequence[WrittenGraph], *, genai: bool = True
-) -> None:
+def complete_for_readers(model: Path, parts: Sequence[WrittenGraph], *, genai: bool = True) -> None:
     """Add to the small files in the exported folder `model` what other readers look for.
 
     config.json: sizes of the caches, and where transformers.js finds the graphs. With a tokenizer

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.families.decoder import TextDecoder
+from exporter.families.gpt2 import cross_names
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
@@ -61,6 +64,23 @@ class TextGraph:
         column = writer.node("Unsqueeze", "past_column", [first, self._one])
         steps = writer.node("Range", "new_places", [zero, length, one])
         return writer.node("Add", "places", [column, steps])
+
+    def placed(self, table: NDArray[Any]) -> str:
+        """The embeddings with the learned positions ``[max_positions, hidden]`` of their places."""
+        writer = self._writer
+        stored = writer.weight("positions.weight", table)
+        rows = writer.node("Gather", "positions", [stored, self.places()])
+        if table.dtype != np.float32:
+            # After the lookup: only the rows asked for become float32.
+            rows = writer.node("Cast", "positions/cast", [rows], attributes={"to": FLOAT})
+        return writer.node("Add", "placed", [self.embeds, rows])
+
+    def image(self, layer: int) -> list[str]:
+        """Inputs cross_key_values.{layer}.key|value, as the vision graph gives them."""
+        spec = self._spec
+        shape: list[int | str] = ["batch_size", spec.heads, "image_rows", spec.head_dim]
+        names = cross_names(spec.layers)[2 * layer : 2 * layer + 2]
+        return [self._writer.input(name, FLOAT, shape) for name in names]
 
     def keep(self, name: str, x: str) -> str:
         """The positions of `x` whose logits are asked for."""

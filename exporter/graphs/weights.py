@@ -136,9 +136,9 @@ class WeightSource:
             )
         return stored
 
-    def vector(self, name: str, size: int) -> NDArray[np.float32]:
+    def vector(self, name: str, size: int, *, again: bool = False) -> NDArray[np.float32]:
         """A bias or norm weight ``[size]`` as float32: too small to be worth a Cast."""
-        raw = self._take(name, None, (size,), again=False)
+        raw = self._take(name, None, (size,), again=again)
         self.bits[name] = 32
         return to_float32(raw, self._checkpoint.info(name).dtype)
 

@@ -169,6 +169,7 @@ def _evaluation(request: BuildRequest, found: Resolved) -> Evaluation:
         max_new_tokens=found.profile.max_new_tokens,
         threads=request.threads,
         gate=found.profile.gate,
+        robustness=request.robustness,
     )
 
 
@@ -314,7 +315,7 @@ def _compare(
         ),
         version=2,
         parents=[reference.key, *(artifact.key for artifact in rows.values())],
-        options=_options(evaluation),
+        options=_options(evaluation) | {"robustness": evaluation.robustness},
         detail=f"{', '.join(rows) or 'the reference alone'} with fp16",
     )
 

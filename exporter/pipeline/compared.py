@@ -27,16 +27,23 @@ class Opened:
     manifest: Manifest | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Options of `medexport compare`: the set and `limit` of its cases, `robustness` of them perturbed.
+
+    Prompt and length None: those of the first bundle; threads None: the usable cores.
+    """
+
+    evaluation: str
+    limit: int = 0
+    prompt: str | None = None
+    max_new_tokens: int | None = None
+    threads: int | None = None
+    robustness: int = 0
+
+
 def compare_any(
-    models: Sequence[str],
-    out: Path,
-    *,
-    evaluation: str,
-    limit: int = 0,
-    prompt: str | None = None,
-    max_new_tokens: int | None = None,
-    threads: int | None = None,
-    progress: Progress = silent,
+    models: Sequence[str], out: Path, asked: Asked, *, progress: Progress = silent
 ) -> Comparison:
     """Compare `models` (PATH or NAME=PATH) with the first; reports go into the folder `out`.
 
@@ -52,13 +59,15 @@ def compare_any(
         opened.append(_open(model, {o.candidate.name for o in opened}))
     bundle = next((o.manifest for o in opened if o.manifest), None)
     profile = model_profiles().get(bundle.lineage.base.name) if bundle else None
-    asked = open_evaluation(
-        evaluation,
-        limit=limit,
-        prompt=prompt or (bundle.usage.prompt if bundle else None),
-        max_new_tokens=max_new_tokens or (bundle.usage.max_new_tokens if bundle else LENGTH),
-        threads=threads,
+    length = asked.max_new_tokens or (bundle.usage.max_new_tokens if bundle else LENGTH)
+    evaluation = open_evaluation(
+        asked.evaluation,
+        limit=asked.limit,
+        prompt=asked.prompt or (bundle.usage.prompt if bundle else None),
+        max_new_tokens=length,
+        threads=asked.threads,
         gate=profile.gate if profile else None,
+        robustness=asked.robustness,
     )
     lineage = {
         o.candidate.name: f"{o.manifest.lineage.base.name}, {o.manifest.scheme}"
@@ -66,7 +75,7 @@ def compare_any(
         if o.manifest
     }
     rows = [o.candidate for o in opened]
-    return compare_candidates(rows, out, asked, lineage=lineage, progress=progress)
+    return compare_candidates(rows, out, evaluation, lineage=lineage, progress=progress)
 
 
 def _open(model: str, taken: set[str]) -> Opened:

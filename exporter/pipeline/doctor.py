@@ -20,7 +20,10 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "gpu": (("onnxruntime",), "onnxruntime with CUDA (replaces the CPU package)"),
     "tensorrt": (("tensorrt", "polygraphy"), "TensorRT engines; not run on hardware so far"),
     "dicom": (("pydicom",), "DICOM images"),
-    "metrics": (("medcat",), "UMLS concepts from a MedCAT pack; the other metrics need build alone"),
+    "metrics": (
+        ("medcat",),
+        "UMLS concepts from a MedCAT pack; the other metrics need build alone",
+    ),
 }
 INTERESTING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 

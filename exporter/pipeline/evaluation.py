@@ -23,7 +23,7 @@ REFERENCE = "fp16"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The cases that models are run on, and how."""
+    """The cases that models are run on, and how; `robustness` of them are also perturbed."""
 
     images: ImageSet
     cases: tuple[Case, ...]
@@ -32,6 +32,7 @@ class Evaluation:
     threads: int
     gate: Gate
     smoke: bool
+    robustness: int = 0
 
 
 def open_evaluation(
@@ -42,10 +43,12 @@ def open_evaluation(
     max_new_tokens: int = 64,
     threads: int | None = None,
     gate: Gate | None = None,
+    robustness: int = 0,
 ) -> Evaluation:
     """An image set by name or folder, its hashes checked, with `limit` of its cases (0: all).
 
     A limited run sees every modality and is a smoke test. Without `gate` the usual margins hold.
+    `robustness` cases are also captioned under small perturbations when models are compared.
     """
     images = open_set(name)
     return Evaluation(
@@ -57,6 +60,7 @@ def open_evaluation(
         threads=threads or usable_cores(),
         gate=gate or Gate(),
         smoke=limit > 0,
+        robustness=robustness,
     )
 
 
@@ -124,7 +128,7 @@ def compare_candidates(
         work,
         threads=evaluation.threads,
         progress=progress,
-        plan=Plan(gate=evaluation.gate, smoke=evaluation.smoke),
+        plan=Plan(gate=evaluation.gate, smoke=evaluation.smoke, perturbed=evaluation.robustness),
     )
     curves = {row.name: read_tradeoff(row.model_dir.parent) for row in rows[1:]}
     write_reports(comparison, out, lineage, {n: c for n, c in curves.items() if c})

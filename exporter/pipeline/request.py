@@ -11,7 +11,7 @@ class BuildRequest:
     """Arguments of `medexport build`.
 
     `also` names further schemes that are built and compared but not packaged; `limit` bounds the
-    number of evaluation cases (0: all); `compare` False leaves parity and comparison out, which the
+    number of evaluation cases (0: all), `robustness` of them are also perturbed; `compare` False leaves parity and comparison out, which the
     bundle then says. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
     """
 
@@ -35,6 +35,7 @@ class BuildRequest:
     threads: int | None = None
     limit: int = 0
     compare: bool = True
+    robustness: int = 0
     sign_key: Path | None = None
 
     @property

@@ -86,7 +86,9 @@ class Decoder:
         if given.keys() != set(self.cross):
             raise ValueError(f"cross inputs {sorted(given)}; expected {sorted(self.cross)}")
         if prefix_length and not self.prefixed:
-            raise ValueError(f"{prefix_length} positions see one another; this decoder only looks back")
+            raise ValueError(
+                f"{prefix_length} positions see one another; this decoder only looks back"
+            )
         growing = (positions or Positions(None), visible or VisibleImages(None))
         return DecoderRun(self, capacity, keep, *growing, given, prefix_length)
 

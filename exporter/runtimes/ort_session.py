@@ -29,6 +29,9 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A product with blocks behind DequantizeLinear is fused by default with inputs rounded to 8 bits;
+    # a graph of standard operators says float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except FAILURES as error:

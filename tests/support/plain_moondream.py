@@ -47,7 +47,9 @@ def text_block(weights: Mapping[str, Array], at: str, x: Array, seen: NDArray[np
     return x + linear(weights, f"{at}attn.proj", attended) + mlp(weights, f"{at}mlp.", normed)
 
 
-def features(weights: Mapping[str, Array], pixels: NDArray[np.float32], tiling: tuple[int, int]) -> Array:
+def features(
+    weights: Mapping[str, Array], pixels: NDArray[np.float32], tiling: tuple[int, int]
+) -> Array:
     """Feature rows ``[rows, hidden]`` of crops ``[1 + rows * columns, 3, side, side]``."""
     rows = np.stack([tower(weights, crop.astype(np.float64)) for crop in pixels])
     crops = rows[1:].reshape(-1, GRID, GRID, rows.shape[-1])
@@ -57,7 +59,9 @@ def features(weights: Mapping[str, Array], pixels: NDArray[np.float32], tiling: 
         y, x = divmod(number, tiling[1])
         top, left = (0 if place == 0 else MARGIN for place in (y, x))
         # What a later crop covers too is written over by it, up to the margins it drops.
-        grid[y * inner + top : y * inner + GRID, x * inner + left : x * inner + GRID] = crop[top:, left:]
+        grid[y * inner + top : y * inner + GRID, x * inner + left : x * inner + GRID] = crop[
+            top:, left:
+        ]
     local = np.zeros((GRID, GRID, rows.shape[-1]))
     for y in range(GRID):
         for x in range(GRID):

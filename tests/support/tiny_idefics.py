@@ -29,7 +29,7 @@ def write_tiny_idefics(
     """Write a random model, its tokenizer and its settings; `instructed` adds ``<end_of_utterance>``.
 
     `vision`, `perceiver` and `top` change keys of config.json. Weights are drawn from `seed`, about
-    four times as large as usual, so that greedy text varies; gates are far from zero, which would
+    six times as large as usual, so that greedy text varies; gates are far from zero, which would
     hide the image.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,13 +164,13 @@ def _random_tensors(config: dict[str, Any], seed: int, dtype: str) -> dict[str, 
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if ".alpha_" in name:
-            value = 0.8 + 0.2 * noise
+            value = 0.4 + 0.1 * noise
         elif name.endswith("latents"):
             value = noise
         elif ("norm" in name or ".ln." in name) and name.endswith("weight"):
             value = 1 + 0.1 * noise
         else:
-            value = (0.05 if name.endswith("bias") else 0.08) * noise
+            value = (0.05 if name.endswith("bias") else 0.12) * noise
         tensors[name] = value.to(getattr(torch, dtype))
     return tensors
 

@@ -44,7 +44,7 @@ def write_tiny_ved(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    end = _write_tokenizer(folder)
+    end = write_end_tokenizer(folder, CONTEXT)
     config = _config(end, encoder or {}, decoder or {})
     model_class = transformers.VisionEncoderDecoderModel
     torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def _config(end: int, encoder: dict[str, Any], decoder: dict[str, Any]) -> dict[
     }
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_end_tokenizer(folder: Path, context: int) -> int:
     """Train a byte-level BPE tokenizer with GPT-2's one special token, whose id is returned."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -144,7 +144,7 @@ def _write_tokenizer(folder: Path) -> int:
         "eos_token": END,
         "unk_token": END,
         "add_prefix_space": False,
-        "model_max_length": CONTEXT,
+        "model_max_length": context,
     }
     _dump(folder / "tokenizer_config.json", settings)
     found: int = tokenizer.token_to_id(END)

@@ -158,15 +158,16 @@ def _dequantize(node: onnx.NodeProto, where: str, facts: _Facts) -> Iterator[str
     if known is not None and not (known > 0).all():
         yield f"{where} has scales that are not above 0"
     codes = facts.constants.get(node.input[0])
-    if codes is None or codes.data_type != TensorProto.INT4:
+    block = int(_attribute(node, "block_size", 0))
+    if codes is None:
         return
-    if _attribute(node, "block_size", 0) not in INT4_BLOCKS:
-        yield f"{where} has 4-bit blocks of other sizes than 64 and 128"
-    if codes.dims[-1] % 2:
-        yield f"{where} has 4-bit values in rows of odd length"
-    blocked = [s for s, c in zip(scale.dims, codes.dims, strict=True) if s != c]
-    if len(blocked) > 1 or any(c % s for s, c in zip(scale.dims, codes.dims, strict=True)):
+    sizes = list(zip(codes.dims, scale.dims, strict=False)) if block else []
+    if any(c not in (s, s * block) for c, s in sizes) or sum(c != s for c, s in sizes) > 1:
         yield f"{where} has blocks along more than one axis, or broken ones"
+    if codes.data_type == TensorProto.INT4 and block not in INT4_BLOCKS:
+        yield f"{where} has 4-bit blocks of other sizes than 64 and 128"
+    if codes.data_type == TensorProto.INT4 and codes.dims[-1] % 2:
+        yield f"{where} has 4-bit values in rows of odd length"
 
 
 def _bytes(tensor: TensorProto) -> bytes:

@@ -126,7 +126,7 @@ def test_forms_of_keys(prefix: str, key: str, module: str, part: str, adapter: s
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(InputRefused, match="has no table of tensor names; known: gpt2"):
+    with pytest.raises(InputRefused, match="has no table of tensor names; known: .*gpt2"):
         layout_of({"model_type": "mamba"})
     with pytest.raises(InputRefused, match="None"):
         layout_of({})

@@ -114,11 +114,12 @@ def test_models_says_what_only_can_be_planned(capsys):
     rows = json.loads(said(capsys, "models", "--json"))
     builds = {row["name"]: row["builds"] for row in rows}
     assert builds["demo"] == "yes"
-    assert builds["cnn-transformer"] == "plan only: no family code yet"
+    assert builds["t5-small"] == "plan only: no family code yet"
+    assert builds["vit-gpt2-image-captioning"] == "yes"
 
 
 def test_build_refuses_what_only_can_be_planned(tmp_path, capsys):
-    arguments = ["build", "--model", "cnn-transformer", "--int4", "--out", str(tmp_path / "b")]
+    arguments = ["build", "--model", "t5-small", "--int4", "--out", str(tmp_path / "b")]
     assert "planned but not built yet" in said(capsys, *arguments, code=2)
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exporter.families.idefics import decoder_spec, open_preparer, tower_spec
 from exporter.families.idefics_prompts import image_mask
 from exporter.families.llama import require_llama
 from exporter.families.visible import VisibleImages
+from tests.support.adapters import write_adapter
 from tests.support.tiny_idefics import ADDED, write_tiny_idefics
 
 PROMPT = "Describe this medical image."
@@ -105,7 +107,7 @@ def test_absent_keys_take_the_defaults_of_the_class() -> None:
     [
         ({"use_resampler": False}, "use_resampler is False; only True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True; only False"),
-        ({"cross_layer_interval": 3}, "32 layers with a gated block before every 3th"),
+        ({"cross_layer_interval": 3}, "32 layers with cross_layer_interval 3"),
         ({"alpha_type": "matrix"}, "alpha_type is 'matrix'; expected float or vector"),
         ({"additional_vocab_size": -1}, "additional_vocab_size is -1; expected a positive"),
         ({"perceiver_config": 3}, "perceiver_config is 3; expected an object"),
@@ -265,3 +267,41 @@ def test_other_image_sizes_are_refused(merged: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**settings, "image_size": 64}))
     with pytest.raises(InputRefused, match=r"become \(64, 64\), config.json's tower takes 32 x 32"):
         open_preparer(tmp_path)
+
+
+def test_the_study_s_adapter_reaches_every_part(tmp_path: Path) -> None:
+    """Suffixes match the decoder, the gated blocks, the perceiver and the tower alike."""
+    base, out = write_tiny_idefics(tmp_path / "base"), tmp_path / "merged"
+    targets = list(PUBLISHED.adapter.targets) if PUBLISHED.adapter else []
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=targets, lora_alpha=8)
+    out.mkdir()
+    proof = merge_adapters(base, [adapter], out)
+    found = Counter(target.tensor.split(".")[1] for target in proof.targets)
+    assert found == {
+        "layers": 12,
+        "gated_cross_attn_layers": 6,
+        "perceiver_resampler": 6,
+        "vision_model": 6,
+    }
+
+
+def test_adapters_of_the_model_without_its_head_merge_alike(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    base = write_tiny_idefics(tmp_path / "base")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], lora_alpha=8)
+    merged = []
+    for name in ("with", "without"):
+        out = tmp_path / name
+        out.mkdir()
+        merge_adapters(base, [adapter], out)
+        merged.append(load_file(out / "model.safetensors"))
+        path = adapter / "adapter_model.safetensors"
+        short = {
+            k.replace("model.model.model.", "model.model."): v for k, v in load_file(path).items()
+        }
+        save_file(short, path)
+    assert all(np.array_equal(merged[0][name], merged[1][name]) for name in merged[0])
+    plain = load_file(base / "model.safetensors")
+    changed = [name for name, value in merged[1].items() if not np.array_equal(plain[name], value)]
+    assert len(changed) == 10

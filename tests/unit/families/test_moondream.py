@@ -92,9 +92,9 @@ def picture(width: int, height: int) -> Image.Image:
         ((378, 378), (1, 1)),
         ((600, 800), (2, 4)),  # area left of the margins: 488 x 688, windows of 266
         ((1000, 1000), (3, 3)),
-        ((4000, 500), (6, 1)),
+        ((4000, 500), (9, 1)),  # 15 x 2 would cover it: times sqrt(12 / 30)
         ((5000, 5000), (3, 3)),
-        ((3000, 1000), (4, 1)),
+        ((3000, 1000), (5, 2)),  # 11 x 4 would cover it: times sqrt(12 / 44)
     ],
 )
 def test_tilings(size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -248,7 +248,7 @@ def test_the_merged_folder_says_everything(base: Path, tmp_path: Path) -> None:
         ({"config": {"text": {"n_kv_heads": 8}}}, "n_kv_heads is 8; expected 32"),
         ({"config": {"text": {"prefix_attn": 577}}}, "prefix_attn is 577; expected 730"),
         ({"config": {"vision": {"proj_out_dim": 720}}}, "proj_out_dim is 720; expected 2048"),
-        ({"config": {"tokenizer": {"templates": {"query": None}}}}, "templates.query is None"),
+        ({"config": {"tokenizer": {"templates": {"query": None}}}}, r"templates\.query is 'None'"),
         ({"config": {"text": 3}}, "expected objects"),
     ],
 )
@@ -269,8 +269,9 @@ def test_the_folders_own_code_is_read_and_not_run(tmp_path: Path) -> None:
     path.write_text(CODE.format(start=50256, more="", caption=long))
     with pytest.raises(InputRefused, match=r"not those of revision 2025-01-09.*config\.tokenizer"):
         check_code(tmp_path, PUBLISHED_CONFIG)
-    stated = {"templates": {"caption": {"long": [1]}, "query": {"prefix": [198, 198, 24361, 25], "suffix": [198, 198, 33706, 25]}}}
-    check_code(tmp_path, {**PUBLISHED_CONFIG, "config": {"tokenizer": stated}})
+    query = {"prefix": [198, 198, 24361, 25], "suffix": [198, 198, 33706, 25]}
+    stated = {"tokenizer": {"templates": {"caption": {"long": [1]}, "query": query}}}
+    check_code(tmp_path, {**PUBLISHED_CONFIG, "config": stated})
     path.write_text(CODE.format(start=0, more="\n    answer_id: int = 3", caption=long))
     with pytest.raises(InputRefused, match="from 2025-06 on are not known"):
         check_code(tmp_path, PUBLISHED_CONFIG)

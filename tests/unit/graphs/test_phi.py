@@ -57,7 +57,9 @@ def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def expected(tiny: Tiny, size: tuple[int, int], inputs: PromptInputs) -> tuple[plain.Array, plain.Array]:
+def expected(
+    tiny: Tiny, size: tuple[int, int], inputs: PromptInputs
+) -> tuple[plain.Array, plain.Array]:
     """Features and logits in plain numpy."""
     pixels, tiling = crop_image(picture(size), tiny.captioner.preparer.vision.crops)  # type: ignore[attr-defined]
     rows = plain.features(tiny.weights, pixels, tiling)
@@ -70,7 +72,10 @@ def test_features_and_logits_equal_plain_numpy(tiny: Tiny, size: tuple[int, int]
     rows, logits = expected(tiny, size, inputs)
     with torch.inference_mode():
         ours = moondream.torch_features(tiny.model, inputs).numpy()
-    engine, reference = tiny.captioner.engine, TorchEngine(tiny.model, tiny.captioner.preparer, moondream)  # type: ignore[arg-type]
+    engine, reference = (
+        tiny.captioner.engine,
+        TorchEngine(tiny.model, tiny.captioner.preparer, moondream),
+    )  # type: ignore[arg-type]
     assert relative(ours, rows) < 1e-5
     assert relative(np.asarray(engine.features(inputs)), rows) < 1e-5
     last = logits[-1:]

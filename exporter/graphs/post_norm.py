@@ -1,0 +1,163 @@
+"""``torch.nn``'s encoder and decoder layers as ONNX graphs of onnxruntime's fused ops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from exporter.core.errors import InputRefused
+from exporter.families.post_norm import NORM_EPS, PostNormDecoder, PostNormSizes
+from exporter.graphs.decoder import NAME, DecoderOptions
+from exporter.graphs.linear import linear
+from exporter.graphs.matrices import take_rows
+from exporter.graphs.texts import TextGraph
+from exporter.graphs.weights import WeightSource
+from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
+
+# GroupQueryAttention's own bound.
+HEAD_MULTIPLE = 8
+
+
+def write_post_norm(
+    folder: Path, spec: PostNormDecoder, weights: WeightSource, options: DecoderOptions
+) -> WrittenGraph:
+    """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
+
+    Inputs and outputs as `graphs.gpt2.write_gpt2`. Raises `InputRefused` when tensors are missing or of
+    other shapes, or the attention op cannot do the head size.
+    """
+    if spec.head_dim % HEAD_MULTIPLE:
+        raise InputRefused(
+            f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
+            f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
+        )
+    with GraphWriter(folder, NAME) as writer:
+        _Decoder(writer, spec, weights, options).build()
+        return writer.finish()
+
+
+class PostNorm:
+    """Writes pieces of layers into a graph; values are float32 ``[batch, rows, hidden]``."""
+
+    def __init__(
+        self, writer: GraphWriter, sizes: PostNormSizes, weights: WeightSource, accuracy_level: int
+    ) -> None:
+        self.writer = writer
+        self.sizes = sizes
+        self.weights = weights
+        self.accuracy_level = accuracy_level
+
+    def encoder_layer(self, name: str, x: str) -> str:
+        """Attention of all rows to all, then the MLP; `name` has its dot."""
+        packed = self.projected(f"{name}self_attn.", x, 0, 3)
+        parts = [f"{name}self_attn.{part}" for part in "qkv"]
+        split = {"axis": -1, "num_outputs": 3}
+        self.writer.node("Split", f"{name}split", [packed], outputs=parts, attributes=split)
+        x = self.added(f"{name}norm1", x, *self.output(f"{name}self_attn.", self.seen(name, parts)))
+        return self.added(f"{name}norm2", x, *self.mlp(name, x))
+
+    def seen(self, name: str, queries_keys_values: list[str]) -> str:
+        """Attention without a mask."""
+        attributes = {
+            "num_heads": self.sizes.heads,
+            "scale": float(np.float32(self.sizes.head_dim**-0.5)),
+        }
+        return self.writer.node(
+            "MultiHeadAttention",
+            f"{name}attention",
+            queries_keys_values,
+            domain=MICROSOFT,
+            attributes=attributes,
+        )
+
+    def projected(self, name: str, x: str, first: int, last: int, *, again: bool = False) -> str:
+        """Parts `first` to `last` of queries, keys and values of the attention called `name`.
+
+        `again`: another graph has the other parts.
+        """
+        hidden = self.sizes.hidden_size
+        rows = slice(first * hidden, last * hidden)
+        whole = self.weights.matrix(f"{name}in_proj_weight", 3 * hidden, hidden, again=again)
+        matrix = take_rows(whole, rows)
+        product = linear(self.writer, f"{name}in_proj", x, matrix, self.accuracy_level)
+        vector = self.weights.vector(f"{name}in_proj_bias", 3 * hidden, again=again)[rows]
+        bias = self.writer.weight(f"{name}in_proj.bias", vector)
+        return self.writer.node("Add", f"{name}in_proj/bias", [product, bias])
+
+    def output(self, name: str, x: str) -> tuple[str, str]:
+        """The output projection of the attention called `name`, and its bias, still to be added."""
+        return self.product(f"{name}out_proj", x, self.sizes.hidden_size, self.sizes.hidden_size)
+
+    def mlp(self, name: str, x: str) -> tuple[str, str]:
+        """The two linear layers, and the last one's bias, still to be added."""
+        hidden, inner = self.sizes.hidden_size, self.sizes.intermediate_size
+        wide, bias = self.product(f"{name}linear1", x, inner, hidden)
+        if self.sizes.activation == "gelu":
+            gelu = self.writer.node("BiasGelu", f"{name}gelu", [wide, bias], domain=MICROSOFT)
+            return self.product(f"{name}linear2", gelu, hidden, inner)
+        biased = self.writer.node("Add", f"{name}linear1/add", [wide, bias])
+        active = self.writer.node("Relu", f"{name}relu", [biased])
+        return self.product(f"{name}linear2", active, hidden, inner)
+
+    def added(self, name: str, x: str, addition: str, bias: str) -> str:
+        """Layer norm of x + addition + bias."""
+        vectors = [self._vector(f"{name}.{p}", self.sizes.hidden_size) for p in ("weight", "bias")]
+        return self.writer.node(
+            "SkipLayerNormalization",
+            name,
+            [x, addition, *vectors, bias],
+            domain=MICROSOFT,
+            attributes={"epsilon": NORM_EPS},
+        )
+
+    def product(self, name: str, x: str, outputs: int, inputs: int) -> tuple[str, str]:
+        """Product with the linear layer `name`, and its bias, still to be added."""
+        matrix = self.weights.matrix(f"{name}.weight", outputs, inputs)
+        product = linear(self.writer, name, x, matrix, self.accuracy_level)
+        return product, self._vector(f"{name}.bias", outputs)
+
+    def _vector(self, name: str, size: int) -> str:
+        return self.writer.weight(name, self.weights.vector(name, size))
+
+
+class _Decoder:
+    def __init__(
+        self,
+        writer: GraphWriter,
+        spec: PostNormDecoder,
+        weights: WeightSource,
+        options: DecoderOptions,
+    ) -> None:
+        self.writer = writer
+        self.spec = spec
+        self.weights = weights
+        self.text = TextGraph(writer, spec)
+        self.layers = PostNorm(writer, spec.sizes, weights, options.accuracy_level)
+
+    def build(self) -> None:
+        spec, logits = self.spec, self.text.logits
+        x = self.text.placed(self.weights.array(spec.positions, self._table(spec.max_positions)))
+        for layer in range(spec.layers):
+            x = self._layer(layer, x)
+        shared = spec.tied and not self.weights.has(spec.head)
+        name = spec.embedding if shared else spec.head
+        head = self.weights.matrix(name, *self._table(spec.vocab_size), again=shared)
+        linear(self.writer, "head", x, head, self.layers.accuracy_level, output=logits)
+
+    def _layer(self, layer: int, x: str) -> str:
+        at, layers = self.spec.layer(layer), self.layers
+        packed = layers.projected(f"{at}self_attn.", x, 0, 3)
+        attended = self.text.attention(layer, [packed, "", ""])
+        if layer == self.spec.layers - 1:
+            # Behind the last attention no position needs another: drop those nobody asked for.
+            attended = self.text.keep("keep_attended", attended)
+            x = self.text.keep("keep_residual", x)
+        x = layers.added(f"{at}norm1", x, *layers.output(f"{at}self_attn.", attended))
+        queries = layers.projected(f"{at}multihead_attn.", x, 0, 1, again=True)
+        seen = layers.seen(f"{at}multihead_attn.", [queries, *self.text.image(layer)])
+        x = layers.added(f"{at}norm2", x, *layers.output(f"{at}multihead_attn.", seen))
+        return layers.added(f"{at}norm3", x, *layers.mlp(at, x))
+
+    def _table(self, rows: int) -> tuple[int, int]:
+        return rows, self.spec.hidden_size
