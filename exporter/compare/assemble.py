@@ -135,8 +135,21 @@ def truth_figures(
         recall=_ratio([float(a.kept) for _, a, _ in known], totals, cases),
         precision=right / stated if stated else None,
         by_kind=by_kind,
+        by_finding=_by_finding(own),
     )
     return truth, _ratio([float(a.kept - b.kept) for _, a, b in known], totals, cases)
+
+
+def _by_finding(own: Sequence[Judged]) -> dict[str, tuple[int, int]]:
+    """Of the facts that the ground truth states about each finding or device (present or absent, side,
+    size, severity): how many are right, and how many there are; the most frequent first.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for change in (c for j in own if j.truth for c in j.truth):
+        if change.before is not None and change.before.subject:
+            right, total = found.get(change.before.subject, (0, 0))
+            found[change.before.subject] = (right + (change.outcome == KEPT), total + 1)
+    return dict(sorted(found.items(), key=lambda item: (-item[1][1], item[0])))
 
 
 def moved_figures(own: Sequence[Judged]) -> Moved:

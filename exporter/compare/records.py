@@ -89,6 +89,7 @@ class Truth(Record, frozen=True):
     recall: Figure
     precision: float | None
     by_kind: dict[str, tuple[int, int]]
+    by_finding: dict[str, tuple[int, int]] = {}
 
 
 class Moved(Record, frozen=True):

@@ -30,6 +30,7 @@ from exporter.compare.wording import (
 
 MAX_FLIPPED = 40
 WORST = 4
+MOST_FINDINGS = 30
 SECTIONS = (
     ("verdict", "Verdict"),
     ("summary", "Summary"),
@@ -258,7 +259,17 @@ def _slices(c: Comparison) -> str:
             (name, *(f"{t.by_kind[k][0]}/{t.by_kind[k][1]}" for k in kinds)) for name, t in truths
         ]
         said += html.table("Facts right of the ground truth's, by kind", ("model", *kinds), counts)
+        findings = list(truths[0][1].by_finding)[:MOST_FINDINGS]
+        each = [(f, *(_share(t.by_finding.get(f)) for _, t in truths)) for f in findings]
+        names = [name for name, _ in truths]
+        said += html.table(
+            "Facts right of the ground truth's, by finding or device", ("finding", *names), each
+        )
     return said
+
+
+def _share(counts: tuple[int, int] | None) -> str:
+    return DASH if counts is None else f"{counts[0]}/{counts[1]}"
 
 
 def _speed(c: Comparison) -> str:

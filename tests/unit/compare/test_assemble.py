@@ -71,6 +71,7 @@ def test_facts_against_ground_truth(judged: dict[str, list[Judged]]) -> None:
     truth, difference = found
     # 4 of 6, then modality and anatomy of 3, then modality and anatomy of 3.
     assert (truth.right, truth.total) == (8, 12)
+    assert truth.by_finding == {"cyst": (1, 3), "hydrocephalus": (0, 1), "pacemaker": (0, 1)}
     # 6 said of the first, 4 of the second (a grade too), 2 of the third.
     assert truth.stated == 12
     assert truth.recall.value == pytest.approx(8 / 12)
