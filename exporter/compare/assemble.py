@@ -193,7 +193,9 @@ def length_figures(own: Sequence[Judged]) -> Length:
     tokens = sum(len(j.said.tokens) for j in own)
     reference = sum(len(j.reference.tokens) for j in own)
     ratio = tokens / reference if reference else 1.0
-    return Length(tokens, ratio, sum(not j.said.stopped for j in own))
+    unknown = any(j.said.stopped is None for j in own)
+    cut = None if unknown else sum(not j.said.stopped for j in own)
+    return Length(tokens, ratio, cut)
 
 
 def slices(own: Sequence[Judged]) -> dict[str, Slice]:

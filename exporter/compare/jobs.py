@@ -87,13 +87,15 @@ class Probe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CaseResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One caption with its times in seconds; `scores` where logits were compared.
 
+    stopped: False when the length limit cut it, None where nobody said (predictions).
+
     perturbed: what the model says of the perturbed image, by the perturbation's name.
     """
 
     id: str
     text: str
     tokens: list[int]
-    stopped: bool
+    stopped: bool | None
     prompt_tokens: int
     prepare: float
     vision: float

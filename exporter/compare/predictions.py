@@ -2,7 +2,7 @@
 
 A file of JSON lines (``id``, ``caption``) stands in the comparison where a model would. Facts, ROUGE
 and lengths are compared; what needs the model itself (distribution, image use, speed, memory) is
-not, and every output says so.
+not, and every output says so; nor is truncation, which a text does not tell.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def predicted_result(path: Path, reference: JobResult, tokenizer_folder: Path) -
         text = said[case.id].strip()
         ids = tokenizer.encode(f" {text}", add_special_tokens=False).ids
         tokens = case.tokens if text == case.text else list(ids)
-        cases.append(CaseResult(case.id, text, tokens, True, 0, 0.0, 0.0, 0.0, []))
+        cases.append(CaseResult(case.id, text, tokens, None, 0, 0.0, 0.0, 0.0, []))
     return JobResult(
         job=sha256_file(path),
         load_seconds=0.0,

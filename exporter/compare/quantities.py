@@ -144,7 +144,9 @@ def _worse_where(quantity: Quantity, modalities: Sequence[str]) -> Quantity:
     return msgspec.structs.replace(quantity, verdict="FAIL", needed=None)
 
 
-def _truncation(pairs: Pairs, gate: Gate) -> Quantity:
+def _truncation(pairs: Pairs, gate: Gate) -> Quantity | str:
+    if any(pair[side].said.stopped is None for pair in pairs for side in (0, 1)):
+        return "predictions do not say whether they were cut"
     own, base = ([not pair[side].said.stopped for pair in pairs] for side in (0, 1))
     said = f"{sum(own)} of {len(own)} captions cut before their end, {sum(base)} of the reference's"
     margin = (None, gate.truncation_rise)

@@ -108,7 +108,7 @@ class Length(Record, frozen=True):
 
     tokens: int
     ratio: float
-    truncated: int
+    truncated: int | None
 
 
 class Slice(Record, frozen=True):
@@ -190,7 +190,7 @@ class CaptionRow(Record, frozen=True):
     right: int | None
     changes: tuple[ChangeRow, ...]
     ids: tuple[int, ...] = ()
-    stopped: bool = True
+    stopped: bool | None = True
     blank: tuple[int, ...] | None = None
     prompt: str | None = None
     perturbed: dict[str, str] = {}

@@ -157,7 +157,7 @@ def _distributions(rows: Sequence[Row]) -> str:
             f"{d.identical}/{d.captions}",
             number(d.first_divergent),
             number(row.length.ratio, 3),
-            str(row.length.truncated),
+            DASH if row.length.truncated is None else str(row.length.truncated),
             str(d.tokens),
             str(d.images),
         )

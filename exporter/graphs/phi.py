@@ -7,17 +7,13 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.core.errors import InputRefused
 from exporter.families.phi import PhiSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.linear import linear
 from exporter.graphs.rotary import rotary_tables
-from exporter.graphs.texts import LAST, TextGraph
+from exporter.graphs.texts import LAST, TextGraph, check_heads
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
-
-# GroupQueryAttention's own bound.
-HEAD_MULTIPLE = 8
 
 
 def write_phi(
@@ -31,11 +27,7 @@ def write_phi(
     attention without a mask among themselves. Raises `InputRefused` when tensors are missing or of
     other shapes, or the attention op cannot do the head size.
     """
-    if spec.head_dim % HEAD_MULTIPLE:
-        raise InputRefused(
-            f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
-            f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
-        )
+    check_heads(spec)
     with GraphWriter(folder, NAME) as writer:
         _Decoder(writer, spec, weights, options).build()
         return writer.finish()

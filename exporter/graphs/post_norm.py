@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.core.errors import InputRefused
 from exporter.families.post_norm import NORM_EPS, PostNormDecoder, PostNormSizes
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import take_rows
-from exporter.graphs.texts import TextGraph
+from exporter.graphs.texts import TextGraph, check_heads
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
-
-# GroupQueryAttention's own bound.
-HEAD_MULTIPLE = 8
 
 
 def write_post_norm(
@@ -27,11 +23,7 @@ def write_post_norm(
     Inputs and outputs as `graphs.gpt2.write_gpt2`. Raises `InputRefused` when tensors are missing or of
     other shapes, or the attention op cannot do the head size.
     """
-    if spec.head_dim % HEAD_MULTIPLE:
-        raise InputRefused(
-            f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
-            f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
-        )
+    check_heads(spec)
     with GraphWriter(folder, NAME) as writer:
         _Decoder(writer, spec, weights, options).build()
         return writer.finish()

@@ -9,12 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from exporter.core.errors import InputRefused
 from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import cross_names
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 LAST = np.iinfo(np.int64).max
+# GroupQueryAttention's own bound.
+HEAD_MULTIPLE = 8
+
+
+def check_heads(spec: TextDecoder) -> None:
+    """Raise `InputRefused` when the attention op, without rotary, cannot do the head size."""
+    if spec.head_dim % HEAD_MULTIPLE:
+        raise InputRefused(
+            f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
+            f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
+        )
 
 
 class TextGraph:

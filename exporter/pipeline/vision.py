@@ -19,6 +19,7 @@ from exporter.graphs.weights import WeightSource
 from exporter.quantizers.plan import LayerPlan
 from exporter.quantizers.run import write_planned
 from exporter.runtimes.images import open_image
+from exporter.runtimes.ort import image_rows
 from exporter.runtimes.ort_session import open_session
 
 GRAPH = "vision_encoder.onnx"
@@ -58,7 +59,6 @@ class VisionVariants:
         found = []
         for case in self.cases:
             inputs = preparer.prepare([open_image(case.image)], self.prompt)
-            runs = [np.asarray(session.run(None, dict(feed))[0]) for feed in inputs.vision]
-            found.append(np.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in runs]))
+            found.append(image_rows(session, inputs))
         shutil.rmtree(self.scratch)
         return found

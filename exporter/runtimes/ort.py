@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL.Image import Image
 
@@ -50,6 +51,12 @@ class OrtCaptioner:
         return self.engine.forced(inputs, self.engine.features(inputs), tokens)
 
 
+def image_rows(vision: ort.InferenceSession, inputs: PromptInputs) -> NDArray[np.float32]:
+    """Feature rows ``[rows, hidden]`` of all runs of a vision graph for one prompt."""
+    runs = (vision.run(["image_features"], dict(feed))[0] for feed in inputs.vision)
+    return np.concatenate([np.asarray(r).reshape(-1, np.shape(r)[-1]) for r in runs])
+
+
 class OrtEngine:
     """`greedy.Engine`: the sessions and the text being decoded."""
 
@@ -68,9 +75,7 @@ class OrtEngine:
         if names:
             (feed,) = inputs.vision
             return dict(zip(names, self.vision.run(names, dict(feed)), strict=True))
-        runs = (self.vision.run(["image_features"], dict(feed))[0] for feed in inputs.vision)
-        rows = [np.asarray(r).reshape(-1, np.shape(r)[-1]) for r in runs]
-        return np.concatenate(rows)
+        return image_rows(self.vision, inputs)
 
     def prefill(
         self, inputs: PromptInputs, features: Features, capacity: int

@@ -64,7 +64,7 @@ def test_a_bundle_against_itself_and_predictions(
     assert (truth["distribution"], truth["speed"], truth["parts"]) == (None, None, {})
     assert (out / "report.html").is_file()
     gate = next(g for g in found["gates"] if g["candidate"] == "other-system")
-    assert {"distribution", "image use"} <= gate["not_measured"].keys()
+    assert {"distribution", "image use", "truncation"} <= gate["not_measured"].keys()
 
 
 def test_it_runs_without_the_build_side(demo_build: BuildResult) -> None:

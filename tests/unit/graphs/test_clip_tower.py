@@ -129,15 +129,23 @@ def test_only_declared_tensors_may_stay_out(tmp_path: Path) -> None:
 
 
 def test_saved_position_ids_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain-graphs").mkdir()
+    plain = merged(tmp_path / "plain")
+    export_model(plain, tmp_path / "plain-graphs")
     base = write_tiny_llava(tmp_path / "base")
     path = base / "model.safetensors"
     name = "vision_tower.vision_model.embeddings.position_ids"
     save_file({**load_file(path), name: np.arange(TOKENS + 1)[None]}, path, {"format": "pt"})
-    source = tmp_path / "merged"
+    source, graphs = tmp_path / "merged", tmp_path / "graphs"
     source.mkdir()
+    graphs.mkdir()
     merge_adapters(base, [], source)
-    export_model(source, tmp_path / "base")
+    export_model(source, graphs)
     loaded(source)
+    for graph in (graphs / "model" / "onnx").iterdir():
+        same = tmp_path / "plain-graphs" / "model" / "onnx" / graph.name
+        assert graph.read_bytes() == same.read_bytes()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-rtn"])
