@@ -168,10 +168,13 @@ def _measured() -> Iterator[str]:
     yield (
         "Peak resident memory (VmHWM) of a process that captions one image at the image limit with "
         f"onnxruntime on the CPU ({found['machine']}, {found['threads']} thread(s)), against the "
-        "prediction of this page. Random weights of the published shape; the demo "
-        "model has its own. The arena's factor and the runtime's part were taken from the first runs "
-        "of the demo and of SmolVLM-256M; SmolVLM-500M was not used for either. `benchmarks/fit.py` "
-        "repeats it."
+        "prediction of this page. The tower runs on two of the tiles, whose rows stand for all (one "
+        "takes the memory that each takes), and eight tokens are written into buffers for all. Random "
+        "weights of the published shape; the demo model has its own. The arena's factor and the "
+        "runtime's part were taken from the first runs of the demo and of SmolVLM-256M, when the "
+        "first figure of SmolVLM-500M had been seen: it is no blind test, and another kind of tower "
+        "was not measured. `python benchmarks/fit.py --out docs/fit.json`, then this script, "
+        "repeat it."
     )
     yield ""
     yield "| model | scheme | predicted MB | measured MB | error |"

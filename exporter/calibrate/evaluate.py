@@ -52,7 +52,12 @@ class CaptionModel:
             raise InputRefused("no calibration prompts; expected at least one image")
         use_torch(threads)
         self._checkpoint, self._spec, self._prompts = checkpoint, spec, prompts
-        self._tied = _head_is_embedding(checkpoint, spec)
+        # As quantizers store it: one matrix for both when tied, without a head, or of equal bytes.
+        self._tied = (
+            spec.tied
+            or spec.head not in checkpoint
+            or checkpoint.same_bytes(spec.head, spec.embedding)
+        )
         lengths = [p.length for p in prompts]
         self._rotary = Rotary(spec, lengths, [p.positions for p in prompts])
         self._stack = ExitStack()
@@ -197,12 +202,3 @@ class CaptionModel:
         hidden = (spec.layers + 1) * spec.hidden_size * sum(p.length for p in prompts)
         answers = sum(p.predicting.stop - p.predicting.start for p in prompts)
         return 4 * int(hidden + spec.vocab_size * answers)
-
-
-def _head_is_embedding(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
-    """Whether quantizers store one matrix for both: tied, no head, or equal bytes."""
-    if spec.tied or spec.head not in checkpoint:
-        return True
-    head, table = checkpoint.info(spec.head), checkpoint.info(spec.embedding)
-    same = (head.dtype, head.shape) == (table.dtype, table.shape)
-    return same and checkpoint.same_bytes(spec.head, spec.embedding)

@@ -191,9 +191,9 @@ class Checkpoint:
         return data.view(NUMPY[info.dtype]).reshape(info.shape)
 
     def same_bytes(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same bytes, compared piece by piece."""
+        """Whether two tensors are of one type and shape and hold the same bytes, piece by piece."""
         a, b = self.info(one), self.info(other)
-        if a.nbytes != b.nbytes:
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         with a.file.open("rb") as first, b.file.open("rb") as second:
             first.seek(a.begin)

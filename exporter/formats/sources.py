@@ -107,11 +107,8 @@ class Source:
 
     def _is_tied_copy(self, name: str) -> bool:
         table = self.decoder.embedding
-        if not self.decoder.tied or table not in self.checkpoint:
-            return False
-        one, other = self.checkpoint.info(name), self.checkpoint.info(table)
-        same = (one.dtype, one.shape) == (other.dtype, other.shape)
-        return same and self.checkpoint.same_bytes(name, table)
+        known = self.decoder.tied and table in self.checkpoint
+        return known and self.checkpoint.same_bytes(name, table)
 
     def _reader(self, name: str) -> Callable[[], NDArray[np.float32]]:
         return partial(self.checkpoint.float32, name)

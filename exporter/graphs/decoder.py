@@ -13,12 +13,12 @@ from exporter.families.base import DecoderSpec
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import Matrix, stack_rows
 from exporter.graphs.rotary import AxisRotary, rotary_tables, section_frequencies
+from exporter.graphs.texts import TextGraph
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 NAME = "decoder_model_merged"
-FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
-LAST = np.iinfo(np.int64).max
+INT64 = TensorProto.INT64
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,9 @@ class LlamaGraph:
 
     def begin(self, vocabulary: int) -> tuple[str, str]:
         """Declare the inputs and outputs that no block owns; returns inputs_embeds and logits."""
-        writer, batch = self.writer, "batch_size"
-        x = writer.input("inputs_embeds", FLOAT, [batch, "sequence_length", self.spec.hidden_size])
-        writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
-        writer.input("num_logits_to_keep", INT64, [])
-        logits = writer.output("logits", FLOAT, [batch, "kept_length", vocabulary])
-        self._lengths()
+        self.text = TextGraph(self.writer, self.spec, vocabulary)
         self._positions()
-        self.starts = self._kept_from()
-        return x, logits
+        return self.text.embeds, self.text.logits
 
     def block(self, layer: int, residual: str, addition: str) -> tuple[str, str]:
         """Block `layer`: attention, then the MLP, each behind its norm and added to the residual."""
@@ -103,11 +97,11 @@ class LlamaGraph:
         at = f"{spec.prefix}{name}."
         gamma = f"{at}input_layernorm.weight"
         normed, residual = self.add_norm(f"{name}.input_norm", residual, addition, gamma)
-        attended = self._attention(layer, normed)
+        attended = self.text.attention(layer, self._queries(layer, normed), self.tables)
         if layer == spec.layers - 1:
             # Behind the last attention no position needs another: drop those nobody asked for.
-            attended = self._keep("keep_attended", attended, self.starts)
-            residual = self._keep("keep_residual", residual, self.starts)
+            attended = self.text.keep("keep_attended", attended)
+            residual = self.text.keep("keep_residual", residual)
         projected = self.product(f"{name}.o_proj", f"{at}self_attn.o_proj.weight", attended)
         gamma = f"{at}post_attention_layernorm.weight"
         normed, residual = self.add_norm(f"{name}.post_norm", residual, projected, gamma)
@@ -117,21 +111,6 @@ class LlamaGraph:
         """The norm behind the last block."""
         normed, _ = self.add_norm("final_norm", residual, addition, self.spec.final_norm)
         return normed
-
-    def _lengths(self) -> None:
-        # seqlens_k: index of each row's last valid key; total: length of the mask, past included.
-        writer = self.writer
-        axis = writer.constant("one", np.array([1], np.int64))
-        count = writer.node(
-            "ReduceSum", "valid", ["attention_mask", axis], attributes={"keepdims": 0}
-        )
-        last = writer.node("Sub", "last_valid", [count, axis])
-        self.seqlens = writer.node("Cast", "seqlens_k", [last], attributes={"to": INT32})
-        shape = writer.node(
-            "Shape", "mask_length", ["attention_mask"], attributes={"start": 1, "end": 2}
-        )
-        scalar = writer.node("Squeeze", "mask_scalar", [shape])
-        self.total = writer.node("Cast", "total_length", [scalar], attributes={"to": INT32})
 
     def _positions(self) -> None:
         """Tables for the attention op, or what turns queries and keys before it."""
@@ -155,18 +134,6 @@ class LlamaGraph:
         zero, one = (writer.constant(f"rotary.{n}", np.array(n, np.int64)) for n in (0, 1))
         numbers = writer.node("Range", "rotary.numbers", [zero, count, one])
         self.places = writer.node("Reshape", "rotary.places", [numbers, shape])
-
-    def _kept_from(self) -> str:
-        # Slicing from -n keeps n positions; from -0 = 0 it keeps all.
-        kept = self.writer.node("Neg", "keep_from", ["num_logits_to_keep"])
-        return self.writer.node("Reshape", "keep_starts", [kept, self._one()])
-
-    def _one(self) -> str:
-        return self.writer.constant("one", np.array([1], np.int64))
-
-    def _keep(self, name: str, x: str, starts: str) -> str:
-        ends = self.writer.constant("last", np.array([LAST], np.int64))
-        return self.writer.node("Slice", name, [x, starts, ends, self._one()])
 
     def add_norm(self, name: str, residual: str, addition: str, gamma: str) -> tuple[str, str]:
         """RMS norm of residual + addition, and that sum; without an addition, of the residual."""
@@ -195,39 +162,6 @@ class LlamaGraph:
             attributes=epsilon,
         )
         return outputs[0], outputs[-1]
-
-    def _attention(self, layer: int, x: str) -> str:
-        writer, spec = self.writer, self.spec
-        name = f"layers.{layer}.attention"
-        shape: list[int | str] = [
-            "batch_size",
-            spec.kv_heads,
-            "past_sequence_length",
-            spec.head_dim,
-        ]
-        past = [
-            writer.input(f"past_key_values.{layer}.{part}", FLOAT, shape)
-            for part in ("key", "value")
-        ]
-        shape[2] = "present_sequence_length"
-        present = [
-            writer.output(f"present.{layer}.{part}", FLOAT, shape) for part in ("key", "value")
-        ]
-        writer.node(
-            "GroupQueryAttention",
-            name,
-            [*self._queries(layer, x), *past, self.seqlens, self.total, *self.tables],
-            domain=MICROSOFT,
-            outputs=[f"{name}:0", *present],
-            attributes={
-                "num_heads": spec.heads,
-                "kv_num_heads": spec.kv_heads,
-                "scale": float(np.float32(spec.head_dim**-0.5)),
-                "do_rotary": int(self.axes is None),
-                "rotary_interleaved": 0,
-            },
-        )
-        return f"{name}:0"
 
     def _queries(self, layer: int, x: str) -> list[str]:
         """Query, key and value inputs of the attention op: one packed value where it takes that."""

@@ -34,14 +34,19 @@ class TextGraph:
     past and present, as `graphs.decoder.write_decoder` says them.
     """
 
-    def __init__(self, writer: GraphWriter, spec: TextDecoder) -> None:
+    def __init__(
+        self, writer: GraphWriter, spec: TextDecoder, vocabulary: int | None = None
+    ) -> None:
+        """`vocabulary`: width of the logits where it is not the spec's own."""
         self._writer, self._spec = writer, spec
         batch = "batch_size"
         shape: list[int | str] = [batch, "sequence_length", spec.hidden_size]
         self.embeds = writer.input("inputs_embeds", FLOAT, shape)
         mask = writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
         keep = writer.input("num_logits_to_keep", INT64, [])
-        self.logits = writer.output("logits", FLOAT, [batch, "kept_length", spec.vocab_size])
+        self.logits = writer.output(
+            "logits", FLOAT, [batch, "kept_length", vocabulary or spec.vocab_size]
+        )
         self._one = writer.constant("one", np.array([1], np.int64))
         self._last = writer.constant("last", np.array([LAST], np.int64))
         self._lengths(mask)
@@ -98,8 +103,12 @@ class TextGraph:
         """The positions of `x` whose logits are asked for."""
         return self._writer.node("Slice", name, [x, self._starts, self._last, self._one])
 
-    def attention(self, layer: int, queries_keys_values: Sequence[str]) -> str:
-        """Causal attention without rotary; one packed value stands first where it holds all three."""
+    def attention(
+        self, layer: int, queries_keys_values: Sequence[str], tables: Sequence[str] = ()
+    ) -> str:
+        """Causal attention; one packed value stands first where it holds all three. With `tables`
+        (cosines, sines) the op turns queries and keys itself.
+        """
         writer, spec = self._writer, self._spec
         name, parts = f"layers.{layer}.attention", ("key", "value")
         shape: list[int | str] = [
@@ -114,14 +123,14 @@ class TextGraph:
         writer.node(
             "GroupQueryAttention",
             name,
-            [*queries_keys_values, *past, self._seqlens, self._total],
+            [*queries_keys_values, *past, self._seqlens, self._total, *tables],
             domain=MICROSOFT,
             outputs=[f"{name}:0", *present],
             attributes={
                 "num_heads": spec.heads,
                 "kv_num_heads": spec.kv_heads,
                 "scale": float(np.float32(spec.head_dim**-0.5)),
-                "do_rotary": 0,
+                "do_rotary": int(bool(tables)),
             },
         )
         return f"{name}:0"

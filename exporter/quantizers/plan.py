@@ -198,12 +198,8 @@ def _planned(
 
 def _head_is_embedding(checkpoint: Checkpoint, decoder: TextDecoder) -> bool:
     """Whether the checkpoint holds a head whose bytes are the embedding's."""
-    if decoder.head not in checkpoint or decoder.embedding not in checkpoint:
-        return False
-    head, table = checkpoint.info(decoder.head), checkpoint.info(decoder.embedding)
-    if (head.dtype, head.shape) != (table.dtype, table.shape):
-        return False
-    return checkpoint.same_bytes(decoder.head, decoder.embedding)
+    both = decoder.head in checkpoint and decoder.embedding in checkpoint
+    return both and checkpoint.same_bytes(decoder.head, decoder.embedding)
 
 
 def _refuse_strangers(checkpoint: Checkpoint, names: set[str]) -> None:
