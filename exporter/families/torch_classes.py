@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from exporter.families.table import FAMILIES, family_of
+from exporter.families.task_table import TASK_FAMILIES, task_family_of
 
 
 def class_name(config: Mapping[str, Any]) -> str:
@@ -17,7 +18,9 @@ def class_name(config: Mapping[str, Any]) -> str:
 def is_own(config: Mapping[str, Any]) -> bool:
     """Whether transformers has no class for a parsed config.json and the family brings one."""
     kind = config.get("model_type")
-    return any(":" in family.TORCH_CLASSES.get(str(kind), "") for family in FAMILIES.values())
+    tables = [f.TORCH_CLASSES for f in FAMILIES.values()]
+    tables += [f.TORCH_CLASSES for f in TASK_FAMILIES.values()]
+    return any(":" in table.get(str(kind), "") for table in tables)
 
 
 def torch_class(config: Mapping[str, Any]) -> Any:
@@ -27,4 +30,5 @@ def torch_class(config: Mapping[str, Any]) -> Any:
 
 
 def _declared(config: Mapping[str, Any]) -> str:
-    return family_of(config).TORCH_CLASSES[str(config["model_type"])]
+    family = task_family_of(config) or family_of(config)
+    return family.TORCH_CLASSES[str(config["model_type"])]

@@ -1,0 +1,19 @@
+"""The families that do other things than caption. A new one is one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.families.tasks import TaskFamily
+
+TASK_FAMILIES: dict[str, TaskFamily] = {}
+
+
+def task_family_of(config: Mapping[str, Any]) -> TaskFamily | None:
+    """The task family of a parsed config.json by its model_type; None where it is no such model."""
+    kind = config.get("model_type")
+    for family in TASK_FAMILIES.values():
+        if kind in family.MODEL_TYPES:
+            return family
+    return None
