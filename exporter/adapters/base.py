@@ -36,7 +36,8 @@ class BaseModel:
     """An opened base, its tensors under the newest names whatever layout they are stored in.
 
     `config` is as the newest class reads it. `head`: the head's name in the merged file, whether the
-    base stores one or not; while `tied`, its values are those of `embedding`.
+    base stores one or not, empty where the architecture has none; while `tied`, its values are those
+    of `embedding`.
     """
 
     folder: Path
@@ -122,6 +123,8 @@ def tie_flag(config: dict[str, Any]) -> bool | None:
 def _is_tied(
     folder: Path, config: dict[str, Any], tensors: Checkpoint, embedding: str, head: str
 ) -> bool:
+    if not head:
+        return False
     flag = tie_flag(config)
     if head not in tensors:
         if flag is False:

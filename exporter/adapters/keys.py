@@ -33,13 +33,14 @@ class Layout:
     """Names of one architecture in transformers 5.
 
     `renames`: (older, newest) leading path elements, applied in order; what they give is left alone
-    by them. `conv1d`: last path elements of modules that store their weight transposed.
+    by them. `head`: empty where no matrix is the embedding's counterpart. `conv1d`: last path elements
+    of modules that store their weight transposed.
     """
 
     model_types: tuple[str, ...]
     renames: tuple[tuple[str, str], ...]
     embedding: str
-    head: str
+    head: str = ""
     conv1d: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> str:
@@ -138,6 +139,32 @@ LAYOUTS = (
         ("cnn_transformer",),
         (),
         embedding="embed_tokens.weight",
+        head="lm_head.weight",
+    ),
+    Layout(
+        ("clip",),
+        (),
+        embedding="text_model.embeddings.token_embedding.weight",
+    ),
+    Layout(
+        ("clipseg",),
+        (),
+        embedding="clip.text_model.embeddings.token_embedding.weight",
+    ),
+    Layout(
+        ("bert",),
+        (),
+        embedding="bert.embeddings.word_embeddings.weight",
+    ),
+    Layout(
+        ("distilbert",),
+        (),
+        embedding="distilbert.embeddings.word_embeddings.weight",
+    ),
+    Layout(
+        ("t5",),
+        (),
+        embedding="shared.weight",
         head="lm_head.weight",
     ),
     Layout(

@@ -44,7 +44,7 @@ def merge_adapters(
     base = open_base(checkpoint)
     recipe = open_recipe(base, adapters)
     head = _head_state(recipe)
-    names = sorted({*base.tensors.tensors, *((base.head,) if head != "tied" else ())})
+    names = sorted({*base.tensors.tensors, *((base.head,) if head in ("own", "untied") else ())})
     entries = {name: _entry(base, name) for name in names}
     size = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in entries.values())
     need_space(out, size + SPARE_BYTES)
@@ -72,8 +72,10 @@ def _entry(base: BaseModel, name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _head_state(recipe: Recipe) -> str:
-    """'own', 'tied', or 'untied' when the adapters change head and embedding differently."""
+    """'own', 'none', 'tied', or 'untied' when the adapters change head and embedding differently."""
     base = recipe.base
+    if not base.head:
+        return "none"
     if not base.tied:
         return "own"
     if base.embedding not in recipe.steps and base.head not in recipe.steps:
@@ -86,7 +88,9 @@ def _head_state(recipe: Recipe) -> str:
 
 def _merged_config(config: dict[str, Any], head: str) -> dict[str, Any]:
     """config.json of the merged model: float16, and whether the head is tied as it is now."""
-    merged = with_tied(copy.deepcopy(config), head == "tied")
+    merged = copy.deepcopy(config)
+    if head != "none":
+        merged = with_tied(merged, head == "tied")
     if not any(key in merged for key in DTYPE_KEYS):
         merged["dtype"] = "float16"
     for part in (merged, *(v for v in merged.values() if isinstance(v, dict))):
@@ -94,7 +98,7 @@ def _merged_config(config: dict[str, Any], head: str) -> dict[str, Any]:
             if key in part:
                 part[key] = "float16"
     text = merged.get("text_config")
-    if isinstance(text, dict) and "tie_word_embeddings" in text:
+    if head != "none" and isinstance(text, dict) and "tie_word_embeddings" in text:
         text["tie_word_embeddings"] = head == "tied"
     return merged
 

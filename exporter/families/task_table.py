@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from exporter.core.errors import InputRefused
 from exporter.families.tasks import TaskFamily
 
 TASK_FAMILIES: dict[str, TaskFamily] = {}
@@ -17,3 +18,14 @@ def task_family_of(config: Mapping[str, Any]) -> TaskFamily | None:
         if kind in family.MODEL_TYPES:
             return family
     return None
+
+
+def required_task_family(config: Mapping[str, Any]) -> TaskFamily:
+    """The task family of a parsed config.json. Raises `InputRefused` where it is no such model."""
+    family = task_family_of(config)
+    if family is None:
+        raise InputRefused(
+            f"config.json: model_type {config.get('model_type')!r} is of no task family; expected a "
+            "zero-shot, segmentation, text or summary model"
+        )
+    return family

@@ -33,7 +33,7 @@ class GraphSpec(Protocol):
     """One graph of a task family. `graphs.task_parts` has a writer for each kind."""
 
     def tensors(self) -> Iterator[TensorSpec]:
-        """Every tensor it uses; one that an earlier graph of the family has listed is shared.
+        """Every tensor it uses. One that several graphs use is described alike by all of them.
 
         Linear layers that see pixels have role "vision", those that see text "decoder".
         """
@@ -69,6 +69,19 @@ class TaskFamily(Protocol):
         By transformers' own methods, so that the graphs are checked against them.
         """
         ...
+
+
+def task_tensors(family: TaskFamily, config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    """Every tensor of all graphs of a model, each once, in the order of its first use.
+
+    Raises ValueError when two graphs give a shared tensor different shapes or roles.
+    """
+    found: dict[str, TensorSpec] = {}
+    for spec in family.graphs(config).values():
+        for tensor in spec.tensors():
+            if found.setdefault(tensor.name, tensor) != tensor:
+                raise ValueError(f"two graphs describe tensor '{tensor.name}' differently")
+    return tuple(found.values())
 
 
 class ZeroShotPreparer(Protocol):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
 from exporter.families.decoder import TextDecoder
 from exporter.families.table import family_of
+from exporter.families.task_table import task_family_of
 from exporter.graphs import decoder, embedding, tower
 from exporter.graphs.writer import MICROSOFT
 
@@ -34,15 +36,23 @@ def check_graphs(model_dir: Path) -> tuple[GraphCheck, ...]:
     Raises `InputRefused` when a file is missing, a link or points outside, `ParityFailed` when a
     graph does not load, does not run, or gives a value that is not finite.
     """
-    config = read_config(model_dir / "config.json")
+    feeds = _feeds(read_config(model_dir / "config.json"))
+    return tuple(_check(model_dir / "onnx" / f"{n}.onnx", f) for n, f in feeds.items())
+
+
+def _feeds(config: Mapping[str, Any]) -> dict[str, Iterator[Feed]]:
+    """Random inputs of each graph by its name."""
+    task = task_family_of(config)
+    if task is not None:
+        specs = task.graphs(config).items()
+        return {name: spec.example_feeds(np.random.default_rng(0)) for name, spec in specs}
     family = family_of(config)
     text, vision = family.decoder_spec(config), family.tower_spec(config)
-    feeds = {
+    return {
         tower.NAME: vision.example_feeds(np.random.default_rng(0)),
         embedding.NAME: _embedding_feeds(text),
         decoder.NAME: text.example_feeds(np.random.default_rng(0)),
     }
-    return tuple(_check(model_dir / "onnx" / f"{n}.onnx", f) for n, f in feeds.items())
 
 
 def _check(path: Path, feeds: Iterator[Feed]) -> GraphCheck:

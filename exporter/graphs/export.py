@@ -1,22 +1,26 @@
-"""One model folder in, the three graphs and the small files out."""
+"""One model folder in, its graphs and the small files out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.digest import canonical_json
+from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
+from exporter.families.task_table import task_family_of
+from exporter.families.tasks import TaskFamily, task_tensors
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
-from exporter.graphs.readers import complete_for_readers
+from exporter.graphs.readers import complete_for_readers, say_where_weights_lie
 from exporter.graphs.standard.parts import write_standard
 from exporter.graphs.standard.report import StandardReport, describe
+from exporter.graphs.task_parts import write_task_graph
 from exporter.graphs.weights import FloatStorage, WeightSource
 from exporter.graphs.writer import OPSET, WrittenGraph
 
@@ -67,6 +71,11 @@ def export_model(
     Raises `InputRefused` for a bad source, `EnvironmentLacks` when the disk is too small.
     """
     config = read_config(source / "config.json")
+    task = task_family_of(config)
+    if task is not None:
+        refuse_dialect(task, dialect)
+        weights = WeightSource(source, float_storage, progress)
+        return _export_task(source, out, task, config, weights, float_storage)
     family = family_of(config)
     decoder, tower = family.decoder_spec(config), family.tower_spec(config)
     weights = WeightSource(source, float_storage, progress)
@@ -97,6 +106,51 @@ def export_model(
     complete_for_readers(model, parts, genai=dialect == "ort")
     if dialect == "standard":
         report = replace(report, standard=describe(model, parts, widened))
+    _write_report(report, out)
+    return report
+
+
+def refuse_dialect(task: TaskFamily, dialect: Dialect) -> None:
+    """Raise `InputRefused` for a dialect that the graphs of task families are not written in."""
+    if dialect != "ort":
+        raise InputRefused(
+            f"the {dialect} dialect is written for captioners alone, and this is a {task.TASK} model; "
+            "use --dialect ort"
+        )
+
+
+def _export_task(
+    source: Path,
+    out: Path,
+    task: TaskFamily,
+    config: Mapping[str, Any],
+    weights: WeightSource,
+    storage: FloatStorage,
+) -> ExportReport:
+    """The graphs of a task family. They compute in float32: an image or a text is seen once."""
+    need_space(out, weights.graph_bytes())
+    model = out / "model"
+    onnx = model / "onnx"
+    onnx.mkdir(parents=True)
+    parts = tuple(
+        write_task_graph(onnx, name, spec, weights, 0) for name, spec in task.graphs(config).items()
+    )
+    report = ExportReport(
+        dialect="ort",
+        float_storage=storage,
+        accuracy_level=0,
+        tower_accuracy_level=0,
+        opset=OPSET,
+        parts=parts,
+        bits=weights.bits,
+        unused=weights.finish(task_tensors(task, config)),
+    )
+    copy_small_files(source, model)
+    say_where_weights_lie(model, parts)
+    _write_report(report, out)
+    return report
+
+
+def _write_report(report: ExportReport, out: Path) -> None:
     fields = {k: v for k, v in asdict(report).items() if v is not None}
     write_atomic(out / "export.json", canonical_json({"schema": SCHEMA, **fields}))
-    return report

@@ -52,14 +52,23 @@ def complete_for_readers(model: Path, parts: Sequence[WrittenGraph], *, genai: b
         write_genai_files(model, decoder, image, stops)
 
 
-def _config(
-    config: Mapping[str, Any], decoder: TextDecoder, parts: Sequence[WrittenGraph]
-) -> dict[str, Any]:
+def say_where_weights_lie(model: Path, parts: Sequence[WrittenGraph]) -> None:
+    """Add to config.json what transformers.js asks about the files of `parts`, and nothing else."""
+    _add(model / "config.json", {"transformers.js_config": _files(parts)})
+
+
+def _files(parts: Sequence[WrittenGraph]) -> dict[str, Any]:
     external = {f"{p.name}.onnx": 1 for p in parts if p.data_bytes}
     # "fp32" stands for file names without a suffix, whatever the files hold.
     settings: dict[str, Any] = {"dtype": "fp32"}
     if external:
         settings["use_external_data_format"] = external
+    return settings
+
+
+def _config(
+    config: Mapping[str, Any], decoder: TextDecoder, parts: Sequence[WrittenGraph]
+) -> dict[str, Any]:
     sizes = {
         "num_hidden_layers": decoder.layers,
         "num_attention_heads": decoder.heads,
@@ -70,7 +79,7 @@ def _config(
     if "decoder" in config:
         # An encoder-decoder says them there, under its decoder's own names.
         text = {}
-    return {**text, "transformers.js_config": settings}
+    return {**text, "transformers.js_config": _files(parts)}
 
 
 def _add_processor(model: Path, files: ReaderFiles) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 from exporter.adapters.base import open_newest
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
-from exporter.families.table import family_of
 from exporter.pipeline.budget import read_budget
 from exporter.pipeline.forecast import Forecast, forecast
 from exporter.pipeline.resolve import Resolved, resolve
 from exporter.pipeline.targets import choose_target
-from exporter.quantizers.plan import LayerPlan, plan_layers
+from exporter.quantizers.plan import LayerPlan, plan_model
 from exporter.quantizers.schemes import Scheme, find_scheme
 
 
@@ -96,13 +95,7 @@ def make_plan(
     chosen = find_scheme(found.scheme_name(scheme))
     budget = read_budget(max_size, max_kl, mixed=bool(chosen.choices))
     config = read_config(found.base.path / "config.json")
-    family = family_of(config)
-    layers = plan_layers(
-        open_newest(found.base.path),
-        family.decoder_spec(config),
-        family.tower_spec(config),
-        chosen,
-    )
+    layers = plan_model(open_newest(found.base.path), config, chosen)
     expected = forecast(found.base.path, chosen, budget) if chosen.choices else None
     return BuildPlan(found, chosen, machine.name, layers, expected)
 

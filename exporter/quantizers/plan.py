@@ -5,8 +5,9 @@ Nothing unknown, nothing missing, nothing silently left in float.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from exporter.core.tensors import FLOATS, ITEM_BYTES, Checkpoint
 from exporter.families.base import BUFFERS, Role, TensorSpec, VisionSpec
 from exporter.families.decoder import TextDecoder
 from exporter.families.llama import require_llama
+from exporter.families.table import family_of
+from exporter.families.task_table import task_family_of
+from exporter.families.tasks import TaskFamily, task_tensors
 from exporter.quantizers.packing import MIN_BLOCK, packed_bytes
 from exporter.quantizers.schemes import BNB, Method, Scheme
 
@@ -84,6 +88,42 @@ class LayerPlan:
         return found
 
 
+def plan_model(
+    checkpoint: Checkpoint, config: Mapping[str, Any], scheme: Scheme
+) -> tuple[LayerPlan, ...]:
+    """One plan for each tensor of a model by its parsed config.json, whatever it does.
+
+    Raises `InputRefused` as `plan_layers` and `plan_task` do.
+    """
+    task = task_family_of(config)
+    if task is not None:
+        return plan_task(checkpoint, task, config, scheme)
+    family = family_of(config)
+    return plan_layers(checkpoint, family.decoder_spec(config), family.tower_spec(config), scheme)
+
+
+def plan_task(
+    checkpoint: Checkpoint, family: TaskFamily, config: Mapping[str, Any], scheme: Scheme
+) -> tuple[LayerPlan, ...]:
+    """The same for a model of a task family: text layers as the scheme stores a decoder's.
+
+    Raises `InputRefused` for a calibrated scheme, and as `plan_layers` does.
+    """
+    refuse_calibrated(family, scheme)
+    expected = task_tensors(family, config)
+    _refuse_strangers(checkpoint, {e.name for e in expected})
+    return tuple(_planned(checkpoint, e, _by_role(e.role, scheme), scheme) for e in expected)
+
+
+def refuse_calibrated(family: TaskFamily, scheme: Scheme) -> None:
+    """Raise `InputRefused` when a scheme calibrates on captions, which a task family has none of."""
+    if scheme.calibrated:
+        raise InputRefused(
+            f"scheme {scheme.name} is calibrated on captions, and a {family.TASK} model writes none; "
+            "use int8, int4-rtn or int4-hqq"
+        )
+
+
 def plan_layers(
     checkpoint: Checkpoint, decoder: TextDecoder, tower: VisionSpec, scheme: Scheme
 ) -> tuple[LayerPlan, ...]:
@@ -103,7 +143,7 @@ def plan_layers(
             "tie_word_embeddings; set it to false or remove the head"
         )
     decoder = replace(decoder, tied=decoder.tied or shared)
-    expected = [*decoder.tensors(), *tower.tensors()]
+    expected: Sequence[TensorSpec] = [*decoder.tensors(), *tower.tensors()]
     _refuse_strangers(
         checkpoint, {e.name for e in expected} | ({decoder.head} if shared else set())
     )
@@ -149,21 +189,22 @@ def _stored_bytes(plan: LayerPlan) -> int:
 
 def _wanted(tensor: TensorSpec, decoder: TextDecoder, scheme: Scheme) -> BlockFormat | None:
     """The format that the scheme gives a tensor by its role."""
-    match tensor.role:
-        case "decoder":
-            return scheme.decoder
-        case "vision":
-            return scheme.vision
-        case "head":
-            return scheme.head
-        case "embedding" if decoder.tied:
-            # A shared matrix is stored as finely as the finer of its two uses asks.
-            formats = [f for f in (scheme.embedding, scheme.head) if f]
-            return max(formats, key=lambda f: f.bits, default=None)
-        case "embedding":
-            return scheme.embedding
-        case "float":
-            return None
+    if tensor.role == "embedding" and decoder.tied:
+        # A shared matrix is stored as finely as the finer of its two uses asks.
+        formats = [f for f in (scheme.embedding, scheme.head) if f]
+        return max(formats, key=lambda f: f.bits, default=None)
+    return _by_role(tensor.role, scheme)
+
+
+def _by_role(role: Role, scheme: Scheme) -> BlockFormat | None:
+    formats: dict[Role, BlockFormat | None] = {
+        "decoder": scheme.decoder,
+        "vision": scheme.vision,
+        "head": scheme.head,
+        "embedding": scheme.embedding,
+        "float": None,
+    }
+    return formats[role]
 
 
 def _planned(

@@ -20,10 +20,11 @@ from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
 from exporter.families.config import with_tied
 from exporter.families.table import family_of
+from exporter.families.task_table import task_family_of
 from exporter.quantizers.bnb import BnbMatrices
 from exporter.quantizers.guards import guard
 from exporter.quantizers.hqq import hqq_rows
-from exporter.quantizers.plan import LayerPlan, plan_layers
+from exporter.quantizers.plan import LayerPlan, plan_model
 from exporter.quantizers.ready import ReadyTensor, ReadyTensors, packed_tensors
 from exporter.quantizers.rtn import QuantizedMatrix, join_rows, quantize_rows, row_chunks
 from exporter.quantizers.schemes import BNB, Scheme
@@ -113,12 +114,11 @@ def write_model(
     config = read_config(source / "config.json")
     if (source / REPORT).exists():
         raise InputRefused(f"{source}: already quantized ({REPORT}); expected a float model")
-    family, checkpoint = family_of(config), Checkpoint.open(source)
-    decoder = family.decoder_spec(config)
-    plan = plan or plan_layers(checkpoint, decoder, family.tower_spec(config), scheme)
+    checkpoint = Checkpoint.open(source)
+    plan = plan or plan_model(checkpoint, config, scheme)
     need_space(out, sum(p.bytes for p in plan) + (64 << 20))
     copy_small_files(source, out)
-    if not decoder.tied and all(p.name != decoder.head for p in plan):
+    if _newly_tied(config, plan):
         # The head is the embedding and is stored once: readers learn it from the config.
         (out / "config.json").write_bytes(canonical_json(with_tied(config, True)))
     report = write_planned(
@@ -133,6 +133,14 @@ def write_model(
     )
     source_bytes = total_bytes(checkpoint.tensors.values())
     return replace(report, source_bytes=source_bytes)
+
+
+def _newly_tied(config: Mapping[str, Any], plan: Sequence[LayerPlan]) -> bool:
+    """Whether config.json says that the head is a matrix of its own and the plan stores none."""
+    if task_family_of(config) is not None:
+        return False
+    decoder = family_of(config).decoder_spec(config)
+    return not decoder.tied and all(p.name != decoder.head for p in plan)
 
 
 def write_planned(

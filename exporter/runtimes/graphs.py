@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.core.errors import InputRefused, require
+from exporter.core.errors import require
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.task_table import task_family_of
-from exporter.families.tasks import Outputs, TaskFamily
+from exporter.families.task_table import required_task_family
+from exporter.families.tasks import Outputs
 
 
 class Graphs(Protocol):
@@ -26,18 +26,6 @@ class Graphs(Protocol):
         ...
 
 
-def required_family(folder: Path) -> TaskFamily:
-    """The task family of a model folder. Raises `InputRefused` where it has none."""
-    config = read_config(folder / "config.json")
-    family = task_family_of(config)
-    if family is None:
-        raise InputRefused(
-            f"{folder}: model_type {config.get('model_type')!r} has no task of its own; expected "
-            "a zero-shot, segmentation, text or summary model"
-        )
-    return family
-
-
 class OrtGraphs:
     """`Graphs` over the files in ``model_dir/onnx``, on the CPU; a session is opened at first use."""
 
@@ -45,7 +33,9 @@ class OrtGraphs:
         """Read the small files. Raises `InputRefused`."""
         from exporter.runtimes.threads import usable_cores
 
-        self.preparer = required_family(model_dir).open_preparer(model_dir)
+        self.preparer = required_task_family(read_config(model_dir / "config.json")).open_preparer(
+            model_dir
+        )
         self._folder, self._threads = model_dir / "onnx", threads or usable_cores()
         self._sessions: dict[str, Any] = {}
 
@@ -73,7 +63,7 @@ class TorchGraphs:
         from exporter.runtimes.torch_reference import load_model
 
         torch.set_num_threads(threads or usable_cores())
-        self._family = required_family(model_dir)
+        self._family = required_task_family(read_config(model_dir / "config.json"))
         self.preparer = self._family.open_preparer(model_dir)
         self.model = load_model(model_dir, read_config(model_dir / "config.json"))
 
