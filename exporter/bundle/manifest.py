@@ -44,12 +44,13 @@ class Lineage(Strict, frozen=True, kw_only=True):
     calibration: Source | None = None
 
 
-class Usage(Strict, frozen=True, kw_only=True):
-    """What a runtime needs beside the model's own files."""
+class Usage(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runtime needs beside the model's own files. `task`: what it does with an input."""
 
     family: str
     prompt: str
     max_new_tokens: int
+    task: str = "caption"
 
 
 class Manifest(Strict, frozen=True, kw_only=True, omit_defaults=True):

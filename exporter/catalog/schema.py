@@ -92,6 +92,46 @@ class Gate(Struct, frozen=True):
     """Share of captions that may newly be shared with another patient's (difference, paired)."""
 
 
+class TaskGate(Struct, frozen=True):
+    """Margins for models that do other things than caption; compared as those of `Gate` are."""
+
+    auroc_loss: Share = 0.02
+    """Macro AUROC of zero-shot labels, or of a classification head, that may get lost (difference,
+    paired)."""
+    label_change: Share = 0.02
+    """Share of images or texts whose most likely label may be another than the reference's."""
+    retrieval_loss: Share = 0.02
+    """Share of queries, image to text and back, that may newly miss their own among the first five
+    (difference, paired)."""
+    embedding_shift: Share = 0.02
+    """Mean of 1 - cosine between a vector and the reference's for the same image or text."""
+    calibration_rise: Share = 0.02
+    """Expected calibration error that may be added (difference, paired)."""
+    neighbour_loss: Share = 0.1
+    """Mean share of the reference's five nearest texts that may no longer be among the five nearest."""
+    mask_shift: Share = 0.05
+    """Mean of 1 - Dice between a mask and the reference's for the same image and text."""
+    mask_loss: Share = 0.02
+    """Share of images on which a mask may have a Dice under 0.5 with the reference's."""
+    dice_loss: Share = 0.02
+    """Mean Dice with ground-truth masks that may get lost (difference, paired)."""
+    entity_f1_loss: Share = 0.02
+    """F1 of entities against ground truth that may get lost (difference, paired)."""
+    entity_shift: Share = 0.05
+    """1 - F1 of entities against the reference's."""
+    rouge1_loss: Share = 0.02
+    """ROUGE-1 F of summaries that may get lost (difference, paired); for ROUGE-L too."""
+    facts_right_loss: Share = 0.02
+    """Share of the ground-truth summaries' clinical facts that may get lost (difference, paired)."""
+    flip_rate: Share = 0.02
+    """Share of summaries in which a fact may be turned over against the reference's."""
+    kl_mean: Positive = 0.1
+    """Mean KL divergence per token, in nats, on the reference's own summaries."""
+    length_low: Share = 0.9
+    length_high: Annotated[float, msgspec.Meta(ge=1)] = 1.1
+    """All generated tokens against the reference's."""
+
+
 class Builtin(Struct, frozen=True):
     """Folders shipped with the package, relative to its profiles."""
 
@@ -122,6 +162,7 @@ class ModelProfile(Struct, frozen=True):
     evaluation: str = "phantoms-eval"
     calibration: str = "phantoms-calib"
     gate: Gate = Gate()
+    task_gate: TaskGate = TaskGate()
     notes: tuple[str, ...] = ()
 
 

@@ -34,6 +34,16 @@ class Evaluation:
     smoke: bool
     robustness: int = 0
 
+    @property
+    def set_name(self) -> str:
+        """The image set's name."""
+        return self.images.name
+
+    @property
+    def set_digest(self) -> str:
+        """SHA-256 over the image set's content."""
+        return self.images.digest
+
 
 def open_evaluation(
     name: str,

@@ -11,9 +11,11 @@ from exporter.core.modelfiles import read_config
 from exporter.families.base import DecoderSpec
 from exporter.families.llama import require_llama
 from exporter.families.table import family_of
+from exporter.families.task_table import task_family_of
 from exporter.pipeline.budget import Budget
 from exporter.pipeline.mixed import HELD_OUT_SAMPLES, SENSITIVITY_SAMPLES
 from exporter.pipeline.tradeoff import POINTS, Chooser
+from exporter.quantizers.plan import refuse_calibrated
 from exporter.quantizers.schemes import Scheme
 from exporter.quantizers.units import FLOAT16, Unit, plan_units
 
@@ -73,6 +75,9 @@ def check_scheme(folder: Path, scheme: Scheme, budget: Budget) -> None:
     """
     if scheme.calibrated:
         config = read_config(folder / "config.json")
+        task = task_family_of(config)
+        if task is not None:
+            refuse_calibrated(task, scheme)
         require_llama(family_of(config).decoder_spec(config), f"scheme {scheme.name}")
     if scheme.choices:
         forecast(folder, scheme, budget)

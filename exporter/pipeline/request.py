@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,8 +12,8 @@ class BuildRequest:
     """Arguments of `medexport build`.
 
     `also` names further schemes that are built and compared but not packaged; `limit` bounds the
-    number of evaluation cases (0: all), `robustness` of them are also perturbed; `compare` False leaves parity and comparison out, which the
-    bundle then says. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
+    number of evaluation cases (0: all), `robustness` of them are also perturbed; `compare` False leaves
+    parity and comparison out, which the bundle then says. `dialect`: of the graphs. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
     """
 
     model: str
@@ -37,6 +38,7 @@ class BuildRequest:
     compare: bool = True
     robustness: int = 0
     sign_key: Path | None = None
+    dialect: Literal["ort", "standard"] = "ort"
 
     @property
     def work_folder(self) -> Path:

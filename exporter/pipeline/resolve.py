@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from exporter.core.modelfiles import SMALL_FILES, read_config
 from exporter.core.tensors import Checkpoint, total_bytes
 from exporter.families.base import DecoderSpec
 from exporter.families.table import FAMILIES, family_of
+from exporter.families.task_table import TASK_FAMILIES, task_family_of
+from exporter.families.tasks import Task
 from exporter.quantizers.schemes import base_name
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
@@ -40,7 +42,7 @@ class ResolvedSource:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Everything known before the first heavy step."""
+    """Everything known before the first heavy step. `task`: None for a captioner."""
 
     profile: ModelProfile
     base: ResolvedSource
@@ -48,6 +50,7 @@ class Resolved:
     family: str
     tensors: int
     weight_bytes: int
+    task: Task | None = None
 
     def scheme_name(self, asked: str) -> str:
         """The scheme that `asked` stands for in this model's profile."""
@@ -83,18 +86,27 @@ def resolve(
         raise InputRefused(f"{base}: no such folder; expected a model folder with safetensors")
     config = read_config(base / "config.json")
     check_config(profile, config)
-    family = family_of(config)
-    name = next(n for n, f in FAMILIES.items() if f is family)
+    task = task_family_of(config)
     checkpoint = Checkpoint.open(base)
     folders = [_adapter_folder(profile, a) for a in adapters]
     return Resolved(
         profile=profile,
         base=ResolvedSource(profile.name, base, digest_model(base, checkpoint)),
         adapters=tuple(ResolvedSource(a.name, a, sha256_tree(a)) for a in folders),
-        family=name,
+        family=family_name(config),
         tensors=len(checkpoint.tensors),
         weight_bytes=total_bytes(checkpoint.tensors.values()),
+        task=task.TASK if task else None,
     )
+
+
+def family_name(config: Mapping[str, Any]) -> str:
+    """The name under which the tables have a parsed config.json's family. Raises `InputRefused`."""
+    task = task_family_of(config)
+    if task is not None:
+        return next(n for n, f in TASK_FAMILIES.items() if f is task)
+    family = family_of(config)
+    return next(n for n, f in FAMILIES.items() if f is family)
 
 
 def scheme_named(profile: ModelProfile, asked: str) -> str:
@@ -137,16 +149,19 @@ def is_model_folder(model: str) -> bool:
 def folder_profile(folder: Path) -> ModelProfile:
     """A profile of what a model folder's config.json says. Raises `InputRefused`."""
     config = read_config(folder / "config.json")
-    family = family_of(config)
-    name = next(n for n, f in FAMILIES.items() if f is family)
     architectures = config.get("architectures") or [""]
+    prompt, schemes = "", {}
+    if task_family_of(config) is None:
+        family = family_of(config)
+        prompt = getattr(family, "DEFAULT_PROMPT", GENERIC_PROMPT)
+        schemes = LLAMA_SCHEMES if isinstance(family.decoder_spec(config), DecoderSpec) else {}
     return ModelProfile(
         name=folder.resolve().name,
         title=f"model folder {folder.resolve().name}",
-        family=name,
-        prompts=Prompts(default=getattr(family, "DEFAULT_PROMPT", GENERIC_PROMPT)),
+        family=family_name(config),
+        prompts=Prompts(default=prompt),
         max_new_tokens=128,
-        schemes=LLAMA_SCHEMES if isinstance(family.decoder_spec(config), DecoderSpec) else {},
+        schemes=schemes,
         facts=Facts(architecture=str(architectures[0]), model_type=str(config.get("model_type"))),
     )
 

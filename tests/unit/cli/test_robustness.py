@@ -13,7 +13,7 @@ from exporter.cli.build import build
 from exporter.cli.stages import compare
 from exporter.compare import compare as comparing
 from exporter.compare.candidates import Candidate
-from exporter.pipeline import build as building
+from exporter.pipeline import judge
 from exporter.pipeline.evaluation import Evaluation, compare_candidates, open_evaluation
 
 
@@ -45,10 +45,12 @@ def test_a_finished_comparison_without_it_is_not_taken_for_one_with_it() -> None
     def run(*_: Any, options: dict[str, Any], **__: Any) -> None:
         keys.append(options)
 
-    plan: Any = SimpleNamespace(stages=SimpleNamespace(run=run), schemes={})
+    plan: Any = SimpleNamespace(
+        stages=SimpleNamespace(run=run, work=Path()), schemes={}, lineage_lines=dict
+    )
     reference: Any = SimpleNamespace(key="r")
     for asked in (0, 3):
-        building._compare(plan, evaluation(asked), reference, {})
+        judge.compare(plan, evaluation(asked), reference, {})
     assert [k["robustness"] for k in keys] == [0, 3]
     assert {**keys[0], "robustness": 3} == keys[1]
 
