@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from shapes import config_of
 
 from exporter.catalog.profiles import find_model
-from exporter.catalog.shapes import known_config, tensor_table
+from exporter.catalog.shapes import tensor_table
 from exporter.core.digest import list_files
 from exporter.core.tensors import SafetensorsWriter
 
@@ -109,18 +110,6 @@ def write_checkpoint(folder: Path, *, tie: bool) -> None:
                 values += 1
             writer.write(name, values.astype(np.float16))
     (folder / "config.json").write_text(json.dumps(config_of(MODEL), indent=2), encoding="utf-8")
-
-
-def config_of(model: str) -> dict[str, Any]:
-    """The config.json that the profile's facts describe."""
-    profile = find_model(model)
-    config: dict[str, Any] = {"model_type": profile.facts.model_type}
-    for key, value in known_config(profile).items():
-        place, *_, last = config, *key.split(".")
-        if "." in key:
-            place = config.setdefault(key.split(".")[0], {})
-        place[last] = value
-    return config
 
 
 def run_stages(folder: Path, scheme: str, threads: int) -> dict[str, Any]:

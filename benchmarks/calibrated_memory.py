@@ -15,7 +15,6 @@ depend on how many there are, time does. Embedding the calibration images is not
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -27,16 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from build_500m import config_of, measured
-from numpy.typing import NDArray
+from build_500m import measured
+from shapes import write_checkpoint
 
 from exporter.calibrate.prompts import EmbeddedPrompt
-from exporter.core.tensors import Checkpoint, SafetensorsWriter
+from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec, VisionSpec
 from exporter.families.table import family_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD = 5_000_000_000
 LIMITS = {"int4-rtn": 3e9, "int4-gptq": 8e9}
 
 
@@ -197,51 +195,6 @@ def specs(checkpoint: Path) -> tuple[DecoderSpec, VisionSpec]:
 
 def checkpoint_name(shape: str, layers: int | None) -> str:
     return f"{shape}-{layers}" if layers else shape
-
-
-def write_checkpoint(folder: Path, shape: str, layers: int | None) -> None:
-    """Write shards of at most `SHARD` bytes, their index and a config.json."""
-    config = config_of(shape)
-    if layers:
-        whole = config["text_config"]["num_hidden_layers"]
-        config["text_config"]["num_hidden_layers"] = min(layers, whole)
-    family = family_of(config)
-    parts = (family.decoder_spec(config), family.tower_spec(config))
-    table = {t.name: t.shape for part in parts for t in part.tensors()}
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    used = 0
-    for name, size in table.items():
-        bytes_ = 2 * int(np.prod(size, dtype=np.int64))
-        if shards[-1] and used + bytes_ > SHARD:
-            shards.append({})
-            used = 0
-        shards[-1][name] = size
-        used += bytes_
-    noise = 0.02 * np.random.default_rng(0).standard_normal(1 << 23, dtype=np.float32)
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with SafetensorsWriter(partial / file, {n: ("F16", s) for n, s in shard.items()}) as writer:
-            for name, size in shard.items():
-                writer.write(name, random_values(name, size, noise))
-                weight_map[name] = file
-    index = partial / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    partial.rename(folder)
-
-
-def random_values(
-    name: str, shape: tuple[int, ...], noise: NDArray[np.float32]
-) -> NDArray[np.float16]:
-    """Values from the noise, starting where the name's hash says: drawing 7e9 anew takes minutes."""
-    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "little") % noise.size
-    values = np.resize(np.roll(noise, start).astype(np.float16), shape)
-    norm = "norm" in name and name.endswith("weight")
-    return values + np.float16(1) if norm else values
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the deployed side does with a bundle: verify it, run it, read its report. No torch."""
+"""What the deployed side does with a bundle beside running it: verify it, read its report. No torch."""
 
 from __future__ import annotations
 
@@ -47,58 +47,6 @@ def verify(bundle: Path, key: Path | None, as_json: bool) -> None:
 
 @click.command()
 @BUNDLE
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--prompt", help="Default: the bundle's own.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the bundle's own.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Default: the cores this process may use."
-)
-@click.option(
-    "--verify/--no-verify", "check", default=True, help="Check all files first (default)."
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def run(
-    bundle: Path, images: tuple[Path, ...], prompt: str | None, max_new_tokens: int | None,
-    threads: int | None, check: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Caption IMAGES with BUNDLE on onnxruntime, without torch and without network."""
-    from exporter.bundle.manifest import read_manifest
-    from exporter.bundle.verify import verify_bundle
-    from exporter.runtimes.images import open_image
-    from exporter.runtimes.ort import OrtCaptioner
-
-    manifest = verify_bundle(bundle).manifest if check else read_manifest(bundle)
-    pictures = [open_image(path) for path in images]
-    captioner = OrtCaptioner(bundle / "model", threads=threads)
-    question = prompt or manifest.usage.prompt
-    length = max_new_tokens or manifest.usage.max_new_tokens
-    rows = []
-    for path, picture in zip(images, pictures, strict=True):
-        caption = captioner.caption(picture, question, length)
-        timing = caption.timing
-        if not as_json:
-            name = f"{path}: " if len(images) > 1 else ""
-            click.echo(name + caption.text + ("" if caption.stopped else "  [cut: length limit]"))
-        rows.append(
-            {
-                "image": str(path), "caption": caption.text, "tokens": list(caption.tokens),
-                "stopped": caption.stopped, "prompt_tokens": caption.prompt_tokens,
-                "seconds": {"first_token": timing.first_token, "total": timing.total},
-            }
-        )  # fmt: skip
-    if as_json:
-        print_json(
-            {
-                "bundle": manifest.name,
-                "digest": manifest.digest,
-                "prompt": question,
-                "results": rows,
-            }
-        )
-
-
-@click.command()
-@BUNDLE
 @click.option("--open", "show", is_flag=True, help="Show it in this machine's browser.")
 def report(bundle: Path, show: bool) -> None:
     """Say where BUNDLE's report is (one HTML file, no network), and show it."""
@@ -124,4 +72,4 @@ def keygen(stem: Path) -> None:
     click.echo(f"private key {private} (keep it offline), public key {public}")
 
 
-COMMANDS = (verify, run, report, keygen)
+COMMANDS = (verify, report, keygen)

@@ -11,6 +11,7 @@ import click
 
 from exporter import __version__
 from exporter.cli import build, bundles, check, formats, listings, stages
+from exporter.cli import run as running
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
 
 INTERNAL, INTERRUPTED = 70, 130
@@ -27,7 +28,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for room in (build, stages, check, formats, bundles, listings):
+for room in (build, stages, check, formats, running, bundles, listings):
     for command in room.COMMANDS:
         cli.add_command(command)
 

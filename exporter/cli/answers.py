@@ -1,0 +1,218 @@
+"""What `medexport run` prints for bundles that do other things than caption. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exporter.core.errors import InputRefused, WrongUsage
+
+if TYPE_CHECKING:
+    from exporter.runtimes.graphs import OrtGraphs
+
+MAX_TEXT = 1 << 20
+BEST = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a bundle. `labels` of zero-shot and segmentation models, `prompt` of summaries.
+
+    `template`: text around a label; ``{}`` alone gives the label as it is. `masks`: folder for masks.
+    """
+
+    inputs: tuple[Path, ...]
+    labels: tuple[str, ...] = ()
+    template: str | None = None
+    masks: Path | None = None
+    prompt: str = ""
+    max_new_tokens: int = 0
+
+
+def answer(model_dir: Path, task: str, asked: Question, threads: int | None) -> dict[str, Any]:
+    """Run a bundle's ``model/`` folder on the inputs; the document that --json prints.
+
+    Raises `WrongUsage` when the task needs what was not given, `InputRefused` on bad inputs.
+    """
+    from exporter.runtimes.graphs import OrtGraphs
+
+    answers: Mapping[str, Callable[[OrtGraphs, Question], dict[str, Any]]] = {
+        "zero-shot": _rank_labels,
+        "segmentation": _draw_masks,
+        "text-encoder": _encode,
+        "summary": _summarise,
+    }
+    if task not in answers:
+        raise InputRefused(f"{model_dir}: task {task!r}; use the medexport that made this bundle")
+    if task in ("zero-shot", "segmentation") and not asked.labels:
+        raise WrongUsage(f"this is a {task} model: give --labels TEXT,TEXT or --labels-file FILE")
+    return answers[task](OrtGraphs(model_dir, threads=threads), asked)
+
+
+def split_labels(given: str | None, file: Path | None) -> tuple[str, ...]:
+    """Labels from a list with commas, or one a line from a file. Raises `WrongUsage`, `InputRefused`."""
+    if given and file:
+        raise WrongUsage("give --labels or --labels-file, not both")
+    parts = _read_text(file).splitlines() if file else (given or "").split(",")
+    labels = tuple(dict.fromkeys(p.strip() for p in parts if p.strip()))
+    if (given or file) and not labels:
+        raise WrongUsage("no label in what was given; expected --labels TEXT,TEXT")
+    return labels
+
+
+def show(task: str, found: Mapping[str, Any]) -> None:
+    """Print an answer for people, a line or a few for each input."""
+    rows = found["results"]
+    for row in rows:
+        name = f"{row['input']}: " if len(rows) > 1 else ""
+        if task == "zero-shot":
+            best = sorted(row["scores"].items(), key=lambda item: -item[1])[:BEST]
+            click.echo(name + ", ".join(f"{label} {score:.1%}" for label, score in best))
+        elif task == "segmentation":
+            for label, mask in row["masks"].items():
+                where = f"  {mask['file']}" if mask["file"] else ""
+                click.echo(f"{name}{label}: {mask['share']:.1%} of the image{where}")
+        elif "summary" in row:
+            click.echo(name + row["summary"] + ("" if row["stopped"] else "  [cut: length limit]"))
+        else:
+            click.echo(name + _encoded(row))
+    if task == "zero-shot" and len(rows) > 1:
+        for label, order in found["retrieval"].items():
+            click.echo(f"best for '{label}': {order[0]}")
+
+
+def _encoded(row: Mapping[str, Any]) -> str:
+    if "entities" in row:
+        return ", ".join(f"{e['kind']} '{e['text']}'" for e in row["entities"]) or "no entity"
+    if "scores" in row:
+        best = sorted(row["scores"].items(), key=lambda item: -item[1])[:BEST]
+        return ", ".join(f"{label} {score:.1%}" for label, score in best)
+    values = row["embedding"]
+    head = ", ".join(f"{v:.4f}" for v in values[:4])
+    return f"vector of {len(values)} values [{head}, ...]; --json prints all"
+
+
+def _rank_labels(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
+    """Probabilities of the labels for each image, and the images in order for each label."""
+    from exporter.runtimes.images import open_image
+    from exporter.runtimes.tasks.zero_shot import ZeroShot, label_scores, label_texts
+
+    model = ZeroShot(graphs)
+    texts = model.embed_texts(label_texts(asked.labels, asked.template or model.template))
+    images = model.embed_images([open_image(path) for path in asked.inputs])
+    scores, cosines = label_scores(images, texts, model.logit_scale), images @ texts.T
+    names = [str(path) for path in asked.inputs]
+    results = [
+        {
+            "input": name,
+            "scores": dict(zip(asked.labels, row.tolist(), strict=True)),
+            "cosines": dict(zip(asked.labels, cosine.tolist(), strict=True)),
+        }
+        for name, row, cosine in zip(names, scores, cosines, strict=True)
+    ]
+    order = (-cosines).argsort(axis=0, kind="stable").T
+    retrieval = {
+        label: [names[i] for i in row.tolist()]
+        for label, row in zip(asked.labels, order, strict=True)
+    }
+    return {
+        "template": asked.template or model.template,
+        "results": results,
+        "retrieval": retrieval,
+    }
+
+
+def _draw_masks(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
+    """The mask of each label on each image; written as PNG of the image's size with --masks."""
+    from exporter.runtimes.images import open_image
+    from exporter.runtimes.tasks.segment import Segmenter, resized
+
+    segmenter = Segmenter(graphs)
+    if asked.masks:
+        asked.masks.mkdir(parents=True, exist_ok=True)
+    results = []
+    for path in asked.inputs:
+        image = open_image(path)
+        masks = segmenter.masks(image, asked.labels)
+        row: dict[str, Any] = {}
+        for number, (label, mask) in enumerate(zip(asked.labels, masks, strict=True), 1):
+            inside = resized(mask, image.size) >= 0.5
+            file = asked.masks and asked.masks / f"{path.stem}-{number:02d}.png"
+            if file:
+                _write_mask(file, inside)
+            row[label] = {"share": float(inside.mean()), "file": str(file) if file else None}
+        results.append({"input": str(path), "masks": row})
+    return {"results": results}
+
+
+def _write_mask(file: Path, inside: Any) -> None:
+    import numpy as np
+    from PIL import Image
+
+    if file.exists():
+        raise InputRefused(f"{file}: exists; remove it or give another --masks folder")
+    Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)).save(file)
+
+
+def _encode(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
+    """Sentence vector, class scores or entities of each text, by the model's head."""
+    import numpy as np
+
+    from exporter.runtimes.tasks.encode import TextEncoder
+
+    encoder = TextEncoder(graphs)
+    results: list[dict[str, Any]] = []
+    for path in asked.inputs:
+        text = _read_text(path)
+        row: dict[str, Any] = {"input": str(path)}
+        if encoder.head == "none":
+            row["embedding"] = encoder.embed([text])[0].tolist()
+        elif encoder.head == "class":
+            logits = encoder.logits([text])[0].astype(np.float64)
+            weights = np.exp(logits - logits.max())
+            shares = (weights / weights.sum()).tolist()
+            row["scores"] = dict(zip(encoder.labels, shares, strict=True))
+        else:
+            row["entities"] = [
+                {"kind": e.kind, "start": e.start, "end": e.end, "text": text[e.start : e.end]}
+                for e in encoder.entities(text)
+            ]
+        results.append(row)
+    return {"head": encoder.head, "results": results}
+
+
+def _summarise(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
+    from exporter.runtimes.tasks.summarise import Summariser
+
+    summariser = Summariser(graphs)
+    results = []
+    for path in asked.inputs:
+        said = summariser.summarise(asked.prompt + _read_text(path), asked.max_new_tokens)
+        results.append(
+            {
+                "input": str(path),
+                "summary": said.text,
+                "tokens": list(said.tokens),
+                "stopped": said.stopped,
+                "seconds": {"first_token": said.timing.first_token, "total": said.timing.total},
+            }
+        )
+    return {"prompt": asked.prompt, "results": results}
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputRefused(f"{path}: no such file; expected a text in UTF-8")
+    if path.stat().st_size > MAX_TEXT:
+        raise InputRefused(f"{path}: {path.stat().st_size} bytes; expected at most {MAX_TEXT}")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputRefused(f"{path}: no UTF-8 text ({error.reason}); convert it first") from error
+    if not text:
+        raise InputRefused(f"{path}: empty; expected a text")
+    return text

@@ -1,0 +1,94 @@
+"""`medexport run`: a bundle's model on images or texts, on onnxruntime. No torch, no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exporter.cli.answers import Question, answer, show, split_labels
+from exporter.cli.console import print_json
+
+if TYPE_CHECKING:
+    from exporter.bundle.manifest import Manifest
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...", type=FILE)
+@click.option("--prompt", help="Default: the bundle's own.")
+@click.option("--labels", metavar="TEXT,TEXT", help="What a zero-shot or segmentation model seeks.")
+@click.option("--labels-file", type=FILE, metavar="FILE", help="The same, one a line.")
+@click.option("--template", help="Text around a label, with one {}; default: the model's own.")
+@click.option("--masks", type=FILE, metavar="DIR", help="Where a segmentation model writes masks.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the bundle's own.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Default: the cores this process may use."
+)
+@click.option(
+    "--verify/--no-verify", "check", default=True, help="Check all files first (default)."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
+    """Run BUNDLE on images (PNG, JPEG, DICOM) or, where its model reads text, on text files.
+
+    Captioners answer with a caption, zero-shot models with the probability of each label,
+    segmentation models with masks, text models with vectors, scores, entities or summaries.
+    """
+    from exporter.bundle.manifest import read_manifest
+    from exporter.bundle.verify import verify_bundle
+
+    manifest = verify_bundle(bundle).manifest if check else read_manifest(bundle)
+    threads = options.pop("threads")
+    usage = manifest.usage
+    asked = Question(
+        inputs=options["inputs"],
+        labels=split_labels(options["labels"], options["labels_file"]),
+        template=options["template"],
+        masks=options["masks"],
+        prompt=usage.prompt if options["prompt"] is None else options["prompt"],
+        max_new_tokens=options["max_new_tokens"] or usage.max_new_tokens,
+    )
+    if usage.task == "caption":
+        if asked.labels or asked.template or asked.masks:
+            raise click.UsageError("--labels, --template and --masks: this bundle's model captions")
+        _caption(bundle, manifest, asked, threads, as_json)
+        return
+    found = answer(bundle / "model", usage.task, asked, threads)
+    if as_json:
+        print_json({"bundle": manifest.name, "digest": manifest.digest, **found})
+    else:
+        show(usage.task, found)
+
+
+def _caption(
+    bundle: Path, manifest: Manifest, asked: Question, threads: int | None, as_json: bool
+) -> None:
+    from exporter.runtimes.images import open_image
+    from exporter.runtimes.ort import OrtCaptioner
+
+    pictures = [open_image(path) for path in asked.inputs]
+    captioner = OrtCaptioner(bundle / "model", threads=threads)
+    rows = []
+    for path, picture in zip(asked.inputs, pictures, strict=True):
+        caption = captioner.caption(picture, asked.prompt, asked.max_new_tokens)
+        timing = caption.timing
+        if not as_json:
+            name = f"{path}: " if len(asked.inputs) > 1 else ""
+            click.echo(name + caption.text + ("" if caption.stopped else "  [cut: length limit]"))
+        rows.append(
+            {
+                "image": str(path), "caption": caption.text, "tokens": list(caption.tokens),
+                "stopped": caption.stopped, "prompt_tokens": caption.prompt_tokens,
+                "seconds": {"first_token": timing.first_token, "total": timing.total},
+            }
+        )  # fmt: skip
+    if as_json:
+        head = {"bundle": manifest.name, "digest": manifest.digest, "prompt": asked.prompt}
+        print_json(head | {"results": rows})
+
+
+COMMANDS = (run,)
