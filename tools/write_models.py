@@ -15,6 +15,7 @@ from pathlib import Path
 
 from exporter.catalog.profiles import find_model, model_profiles
 from exporter.catalog.schema import ModelProfile
+from exporter.families.task_table import TASK_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/models.md"
@@ -22,12 +23,14 @@ CONTRACT = "tests/contract/test_families.py"
 
 # The row of tests/support/family_cases.py that stands for a published model_type.
 CASES: Mapping[str, tuple[str, ...]] = {
+    "blip-2": ("blip2-opt",),
     "idefics": ("idefics",),
     "idefics3": ("idefics3",),
     "smolvlm": ("idefics3",),
     "llava": ("llava",),
     "llava_mistral": ("llava-med",),
     "llava_next": ("llava_next-mistral", "llava_next-llama"),
+    "mini_gpt4": ("xraygpt",),
     "moondream1": ("moondream2",),
     "moondream2": ("moondream2",),
     "qwen2_vl": ("qwen2_vl",),
@@ -45,23 +48,25 @@ PROOFS: Mapping[str, str] = {
     "adapter": "test_an_adapter_merges_and_is_proven",
     "without torch": "test_it_runs_without_torch",
 }
-# The calibrated schemes are tested apart: (test file, or why there is none).
+# The calibrated schemes are tested apart: test file by family, or by model_type where the decoder counts.
 CALIBRATED: Mapping[str, str] = {
     "idefics3": "tests/unit/calibrate/test_quantized_walk.py",
     "llava": "tests/unit/calibrate/test_quantized_walk.py (the same Llama block)",
+    "mini_gpt4": "tests/unit/families/test_blip2.py::test_calibrated_schemes_stay_near",
     "qwen_vl": "tests/contract/test_qwen.py::test_calibrated_schemes_stay_near",
 }
-WHY_NOT: Mapping[str, str] = {
-    "bert": "text encoders are no captioners: `medexport run` has no verb for them yet",
-    "blip2": "the Q-Former between tower and decoder is not written yet",
-    "clip": "zero-shot classification and retrieval have no verb yet",
-    "clipseg": "text-prompted masks have no verb yet",
-    "t5": "summaries have no verb yet",
+# The contract of models that do not caption: column, and the test that proves it.
+TASK_CONTRACT = "tests/contract/test_tasks.py"
+# Where the row is not called by the published model_type.
+TASK_CASES: Mapping[str, str] = {"chexzero": "chexzero"}
+TASK_PROOFS: Mapping[str, str] = {
+    "graphs equal torch": "test_graphs_equal_torch",
+    "padding": "test_padding_does_not_change_a_row",
+    "preparer": "test_the_preparer_does_what_the_library_does",
+    "int8, int4": "test_quantized_graphs_stay_near",
+    "adapter": "test_an_adapter_merges_and_is_proven",
+    "without torch": "test_it_runs_without_torch",
 }
-MISSING = (
-    ("MedFILIP, CRIS, BiomedCLIPSeg", "no published configuration was found: no profile"),
-    ("MedBridge", "no public code was found"),
-)
 INTRODUCTION = """\
 # Models: what works, and the test that says so
 
@@ -74,6 +79,16 @@ are checked against the published facts (`tests/unit/test_profiles.py`). The col
 
 {columns}
 - calibrated: GPTQ, AWQ and `mixed`, which walk the decoder block by block.
+
+"""
+TASKS = """
+## Working: other tasks
+
+Zero-shot classification and retrieval, masks, text encoders, summaries. The columns are tests of
+[{contract}](../{contract}); schemes that are calibrated on captions, and the `standard` dialect, are
+refused for these models.
+
+{columns}
 
 """
 
@@ -89,9 +104,8 @@ def case_of(profile: ModelProfile) -> str | None:
 
 def calibrated(profile: ModelProfile) -> str:
     """The calibrated schemes' test, or why they are refused."""
-    if profile.family in CALIBRATED:
-        return CALIBRATED[profile.family]
-    return "refused: its decoder's blocks are not Llama's"
+    found = CALIBRATED.get(profile.family) or CALIBRATED.get(profile.facts.model_type)
+    return found or "refused: its decoder's blocks are not Llama's"
 
 
 def render() -> str:
@@ -103,15 +117,28 @@ def render() -> str:
     columns = "\n".join(f"- {title}: `{test}`" for title, test in PROOFS.items())
     parts = [INTRODUCTION.format(contract=CONTRACT, columns=columns), "## Working\n\n"]
     header = ["model", "family", "licence", "`--int4`", *PROOFS, "calibrated"]
-    parts.append(_table(header, (_row(p) for p in working)))
-    parts.append(
-        "\n## Planned only\n\n`medexport plan` knows their sizes; `build` refuses them.\n\n"
-    )
-    rows = [[p.name, p.family, WHY_NOT[p.family]] for p in planned]
-    parts.append(_table(["model", "family", "why not yet"], rows))
-    parts.append("\n## Not there\n\n")
-    parts.append(_table(["system", "why"], ([n, w] for n, w in MISSING)))
+    parts.append(_table(header, (_row(p) for p in working if p.family not in TASK_FAMILIES)))
+    columns = "\n".join(f"- {title}: `{test}`" for title, test in TASK_PROOFS.items())
+    parts.append(TASKS.format(contract=TASK_CONTRACT, columns=columns))
+    header = ["model", "task", "family", "licence", *TASK_PROOFS]
+    parts.append(_table(header, (_task_row(p) for p in working if p.family in TASK_FAMILIES)))
+    if planned:
+        parts.append("\n## Planned only\n\n`medexport plan` knows them; `build` refuses them.\n\n")
+        rows = [[p.name, p.family, " ".join(p.notes)] for p in planned]
+        parts.append(_table(["model", "family", "why not yet"], rows))
     return "".join(parts)
+
+
+def task_case_of(profile: ModelProfile) -> str:
+    """The row of tests/support/task_cases.py that stands for a profile: its published model_type."""
+    return TASK_CASES.get(profile.name, profile.facts.model_type)
+
+
+def _task_row(profile: ModelProfile) -> list[str]:
+    licence = (profile.hub.licence if profile.hub else None) or "not stated"
+    task = TASK_FAMILIES[profile.family].TASK
+    proofs = [f"`[{task_case_of(profile)}]`"] * len(TASK_PROOFS)
+    return [profile.name, task, profile.family, licence, *proofs]
 
 
 def _row(profile: ModelProfile) -> list[str]:

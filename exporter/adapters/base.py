@@ -15,7 +15,7 @@ from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS
 from exporter.families.config import tied_section
-from exporter.families.published import modern_config
+from exporter.families.published import folder_config, joined_tensors
 
 QUANTIZED_SUFFIXES = (
     ".qweight",
@@ -68,18 +68,18 @@ def open_newest(folder: Path) -> Checkpoint:
 
     Raises `InputRefused` for an unknown architecture, and as `Checkpoint.open` does.
     """
-    layout = layout_of(read_config(folder / "config.json"))
-    return Checkpoint.open(folder).renamed(layout.canonical)
+    config = read_config(folder / "config.json")
+    layout = layout_of(config)
+    return joined_tensors(config, Checkpoint.open(folder).renamed(layout.canonical))
 
 
 def open_base(folder: Path) -> BaseModel:
     """Open a float checkpoint of a known architecture. Raises `InputRefused`."""
-    published = read_config(folder / "config.json")
-    config = modern_config(published)
+    published, config = read_config(folder / "config.json"), folder_config(folder)
     stored = Checkpoint.open(folder)
     refuse_quantized(folder, config, stored)
     layout = layout_of(published)
-    tensors = stored.renamed(layout.canonical)
+    tensors = joined_tensors(published, stored.renamed(layout.canonical))
     embedding, head = layout.embedding, layout.head
     if embedding not in tensors:
         raise InputRefused(

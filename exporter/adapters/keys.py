@@ -34,7 +34,8 @@ class Layout:
 
     `renames`: (older, newest) leading path elements, applied in order; what they give is left alone
     by them. `head`: empty where no matrix is the embedding's counterpart. `conv1d`: last path elements
-    of modules that store their weight transposed.
+    of modules that store their weight transposed. `text_type`: the text part's model_type where names
+    depend on it.
     """
 
     model_types: tuple[str, ...]
@@ -42,6 +43,7 @@ class Layout:
     embedding: str
     head: str = ""
     conv1d: tuple[str, ...] = ()
+    text_type: str = ""
 
     def canonical(self, name: str) -> str:
         """`name` (a tensor or module of any layout) as transformers 5 calls it."""
@@ -136,15 +138,43 @@ LAYOUTS = (
         head="lm_head.weight",
     ),
     Layout(
+        ("blip-2",),
+        (),
+        embedding="language_model.model.decoder.embed_tokens.weight",
+        head="language_model.lm_head.weight",
+        text_type="opt",
+    ),
+    Layout(
+        ("blip-2", "mini_gpt4"),
+        PUBLISHED["mini_gpt4"].names.pairs,
+        embedding="language_model.model.embed_tokens.weight",
+        head="language_model.lm_head.weight",
+    ),
+    Layout(
         ("cnn_transformer",),
         (),
         embedding="embed_tokens.weight",
         head="lm_head.weight",
     ),
     Layout(
-        ("clip",),
+        ("clip", "medbridge"),
         (),
         embedding="text_model.embeddings.token_embedding.weight",
+    ),
+    Layout(
+        ("chexzero",),
+        PUBLISHED["chexzero"].names.pairs,
+        embedding="text_model.embeddings.token_embedding.weight",
+    ),
+    Layout(
+        ("biomedclipseg",),
+        PUBLISHED["biomedclipseg"].names.pairs,
+        embedding="biomedclip.text.transformer.embeddings.word_embeddings.weight",
+    ),
+    Layout(
+        ("cris",),
+        PUBLISHED["cris"].names.pairs,
+        embedding="backbone.token_embedding.weight",
     ),
     Layout(
         ("clipseg",),
@@ -184,9 +214,10 @@ LAYOUTS = (
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
     """The row for a parsed config.json. Raises `InputRefused` for an unknown model_type."""
-    kind = config.get("model_type")
+    kind, text = config.get("model_type"), config.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, Mapping) else None
     for layout in LAYOUTS:
-        if kind in layout.model_types:
+        if kind in layout.model_types and layout.text_type in ("", text_type):
             return layout
     known = sorted(kind for layout in LAYOUTS for kind in layout.model_types)
     raise InputRefused(

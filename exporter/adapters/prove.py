@@ -1,7 +1,8 @@
 """Proves a merge against peft: the merged model computes what base and un-merged adapter compute.
 
-Two proofs. On logits: base plus adapter in float32 against the merged float16 weights computed in
-float32, so that nothing but the rounding of the weights separates them. On weights: every merged
+Two proofs. On logits (the outputs of all graphs, where a model has no captions): base plus adapter in
+float32 against the merged float16 weights computed in float32, so that nothing but the rounding of the
+weights separates them. On weights: every merged
 tensor lies within half a float16 step of peft's own float32 merge. A model over `limit_bytes` is
 proven on weights only, layer by layer (`exporter.adapters.layerwise`), and the result says so.
 """
@@ -14,19 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 import torch
 
 from exporter.adapters.base import BaseModel, open_base
 from exporter.adapters.layerwise import prove_layers
+from exporter.adapters.probes import Outputs, Probe, agreement, difference, probe_for
 from exporter.adapters.recipe import Recipe, open_recipe
 from exporter.adapters.rewrite import write_current
 from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint, total_bytes
-from exporter.families.config import image_token
-from exporter.families.table import FAMILIES, family_of
+from exporter.families.task_table import task_family_of
 from exporter.families.torch_classes import is_own
 from exporter.runtimes.quiet import quiet_transformers
 from exporter.runtimes.torch_reference import load_model, model_of
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 DRAWS, MARGIN = 3, 4.0
 # Noise below this is float32 arithmetic itself (other order of sums), not the weights' rounding.
 FLOAT32_NOISE = 2e-6
-TEXT_TOKENS = 24
 DEFAULT_LIMIT = 4 << 30
 
 
 class LogitProof(msgspec.Struct, frozen=True):
-    """The result: errors are the largest absolute difference of logits over the largest absolute logit.
+    """The result: errors are the largest absolute difference of logits over the largest absolute logit;
+    for `method` 'outputs' that of each output of each graph, and the largest of all counts.
 
-    The logit fields are null for `method` 'weights'. `weight_steps` is the largest distance from
-    peft's merge in float16 steps (0.5 is pure rounding).
+    The logit fields are null for `method` 'weights', and those of tokens for 'outputs'.
+    `weight_steps` is the largest distance from peft's merge in float16 steps (0.5 is pure rounding).
     """
 
     method: str
@@ -104,54 +104,53 @@ def prove_logits(
 
 
 def _prove_whole(recipe: Recipe, merged: Path, stored: Checkpoint, seed: int) -> LogitProof:
-    base = recipe.base
-    inputs, tiles = _inputs(base.config, seed)
+    base, probe = recipe.base, probe_for(recipe.base.config, seed)
     with tempfile.TemporaryDirectory() as work:
-        adapted, reference = _adapter_logits(recipe, Path(work), inputs)
+        adapted, reference = _adapter_outputs(recipe, Path(work), probe)
     steps = check_rounded(reference, stored, base)
-    noise = _rounding_noise(reference, inputs, adapted, seed)
+    noise = _rounding_noise(reference, probe, adapted, seed)
     tolerance = MARGIN * max(noise, FLOAT32_NOISE)
-    ours = _logits(_load(merged), inputs)
-    error = _difference(ours, adapted)
+    ours = probe.run(_load(merged))
+    error = difference(ours, adapted)
     if not error <= tolerance:
         raise ParityFailed(
-            f"{merged}: merged logits differ from the adapter's by {error:.3g} of the largest; expected "
+            f"{merged}: merged {probe.kind} differ from the adapter's by {error:.3g} of the largest; expected "
             f"at most {tolerance:.3g}, what rounding the weights to float16 explains; report this merge"
         )
     plain = _load_base(base)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(parameter.half().float())
-    moved = _difference(ours, _logits(plain, inputs))
+    moved = difference(ours, probe.run(plain))
     if not moved > 0:
         raise ParityFailed(
-            f"{merged}: merged logits equal the base's; expected the adapter to change them: check that "
-            "the adapter is the trained one"
+            f"{merged}: merged {probe.kind} equal the base's; expected the adapter to change them: check "
+            "that the adapter is the trained one"
         )
-    agreement = float((ours.argmax(-1) == adapted.argmax(-1)).mean())
     statement = (
-        f"merged logits equal the un-merged adapter's within {tolerance:.2g} (rounding of the weights to "
-        f"float16), and differ from the base's by {moved:.2g}"
-        + ("" if tiles else "; text only: this family has no image path here")
+        f"merged {probe.kind} equal the un-merged adapter's within {tolerance:.2g} (rounding of the weights "
+        f"to float16), and differ from the base's by {moved:.2g}"
     )
+    if probe.kind == "logits" and not probe.tiles:
+        statement += "; text only: this family has no image path here"
     return LogitProof(
-        method="logits",
+        method=probe.kind,
         statement=statement,
         tensors=len(stored.tensors),
         weight_steps=steps,
         seed=seed,
         logit_error=error,
         tolerance=tolerance,
-        top1_agreement=agreement,
+        top1_agreement=agreement(ours, adapted),
         base_difference=moved,
-        positions=ours.shape[1],
-        image_tiles=tiles,
+        positions=ours["logits"].shape[1] if probe.kind == "logits" else 0,
+        image_tiles=probe.tiles,
     )
 
 
 def _load_base(base: BaseModel) -> PreTrainedModel:
     """The base in float32; one that transformers has no class for, through the newest names."""
-    if is_own(base.config):
+    if _known_class(base.config):
         tensors = _float_tensors(base)
         own: PreTrainedModel = model_of(base.folder, base.config, tensors)
         return own
@@ -169,6 +168,13 @@ def _load_base(base: BaseModel) -> PreTrainedModel:
     return model.eval()
 
 
+def _known_class(config: dict[str, Any]) -> bool:
+    """Whether the family names the torch class of a parsed config.json alone: transformers has no
+    class for it, or none that its classes for text with images would find.
+    """
+    return is_own(config) or task_family_of(config) is not None
+
+
 def _float_tensors(base: BaseModel) -> dict[str, torch.Tensor]:
     """The base's weights in float32, without the counters and masks that are no weights."""
     names = [n for n, info in base.tensors.tensors.items() if info.dtype in FLOATS]
@@ -180,7 +186,7 @@ def _load(folder: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     settings = read_config(folder / "config.json")
-    if is_own(settings):
+    if _known_class(settings):
         own: PreTrainedModel = load_model(folder, settings)
         return own
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -198,67 +204,40 @@ def _load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def _adapter_logits(
-    recipe: Recipe, work: Path, inputs: dict[str, torch.Tensor]
-) -> tuple[np.ndarray, PreTrainedModel]:
-    """Logits with the last adapter un-merged (those before it merged by peft), and peft's float32 merge."""
+def _adapter_outputs(recipe: Recipe, work: Path, probe: Probe) -> tuple[Outputs, PreTrainedModel]:
+    """Outputs with the last adapter un-merged (those before it merged by peft), and peft's float32 merge."""
     from peft import PeftModel
 
     model: Any = _load_base(recipe.base)
     _separate_head(model)
-    logits = np.empty(0)
+    outputs: Outputs = {}
     for index, (adapter, plan) in enumerate(recipe.adapters):
         folder = work / str(index)
         write_current(adapter, plan, recipe.base, folder)
         with_adapter = PeftModel.from_pretrained(model, str(folder)).eval()
         if index + 1 == len(recipe.adapters):
-            logits = _logits(with_adapter, inputs)
+            # The model inside, whose layers peft has replaced: it has the methods of its own class.
+            outputs = probe.run(with_adapter.get_base_model())
         model = with_adapter.merge_and_unload()
-    return logits, model
+    return outputs, model
 
 
 def _separate_head(model: Any) -> None:
     # Peft adds an embedding's delta to the shared tensor when it merges, and so to the head, which
     # the un-merged adapter leaves alone. A head of its own says the same before and is safe after.
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    embedding = model.get_input_embeddings()
+    if head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
         model.all_tied_weights_keys = {}
 
 
-def _inputs(config: dict[str, Any], seed: int) -> tuple[dict[str, torch.Tensor], int]:
-    """Random tokens, behind two random image tiles where the family has them; and the number of tiles."""
-    generator = np.random.default_rng(seed)
-    text = config.get("text_config") or config.get("decoder") or config
-    image = image_token(config)
-    allowed = np.setdiff1d(np.arange(int(text["vocab_size"])), [-1 if image is None else image])
-    ids = generator.choice(allowed, TEXT_TOKENS)
-    families = {kind for family in FAMILIES.values() for kind in family.MODEL_TYPES}
-    if config.get("model_type") not in families:
-        return {"input_ids": torch.from_numpy(ids[None])}, 0
-    arrays, tiles = family_of(config).proof_inputs(config, generator, ids)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, tiles
-
-
-def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
-    with torch.inference_mode():
-        found: np.ndarray = model(**inputs, use_cache=False).logits.float().numpy()
-    return found
-
-
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def _rounding_noise(
-    reference: PreTrainedModel,
-    inputs: dict[str, torch.Tensor],
-    adapted: np.ndarray,
-    seed: int,
-) -> float:
-    """Largest logit error of `DRAWS` random changes of peft's merge within float16's rounding."""
+def _rounding_noise(reference: PreTrainedModel, probe: Probe, adapted: Outputs, seed: int) -> float:
+    """Largest output error of `DRAWS` random changes of peft's merge within float16's rounding."""
     worst = 0.0
     exact = {name: value.detach().clone() for name, value in reference.named_parameters()}
     for draw in range(DRAWS):
@@ -266,5 +245,5 @@ def _rounding_noise(
         with torch.no_grad():
             for name, value in reference.named_parameters():
                 value.copy_(perturb(exact[name], generator))
-        worst = max(worst, _difference(_logits(reference, inputs), adapted))
+        worst = max(worst, difference(probe.run(reference), adapted))
     return worst

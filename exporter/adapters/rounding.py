@@ -67,7 +67,8 @@ def check_rounded(reference: PreTrainedModel, stored: Checkpoint, base: BaseMode
     parameters = dict(reference.named_parameters())
     names = {base.layout.canonical(name): name for name in stored.tensors}
     missing = sorted(parameters.keys() - names.keys() - {base.layout.head})
-    if missing or (base.layout.head not in names and not base.tied):
+    headless = base.layout.head and base.layout.head not in names and not base.tied
+    if missing or headless:
         raise ParityFailed(f"merged model lacks {missing or base.layout.head}; merge it again")
     worst = 0.0
     for name, exact in parameters.items():

@@ -21,13 +21,22 @@ from exporter.catalog.shape_parts import (
     other,
     plain_blocks,
 )
+from exporter.catalog.shape_plugin import medbridge
 from exporter.catalog.shape_read import (
     biased_decoder,
     decoder_shape,
     patch_embedding,
     tower_shape,
 )
-from exporter.catalog.shape_text import bert, clip, clipseg, distilbert, open_clip, t5
+from exporter.catalog.shape_text import (
+    bert,
+    biomedclipseg,
+    clip,
+    clipseg,
+    distilbert,
+    open_clip,
+    t5,
+)
 
 
 def idefics3(facts: ConfigFacts) -> ModelShape:
@@ -201,9 +210,12 @@ SHAPES: dict[str, Callable[[ConfigFacts], ModelShape]] = {
     "blip-2": blip2,
     "mini_gpt4": blip2,
     "clip": clip,
+    "chexzero": clip,
+    "medbridge": medbridge,
     "open_clip": open_clip,
     "medclip": open_clip,
     "clipseg": clipseg,
+    "biomedclipseg": biomedclipseg,
     "bert": bert,
     "distilbert": distilbert,
     "t5": t5,

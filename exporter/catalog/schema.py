@@ -127,6 +127,8 @@ class TaskGate(Struct, frozen=True):
     """Share of summaries in which a fact may be turned over against the reference's."""
     kl_mean: Positive = 0.1
     """Mean KL divergence per token, in nats, on the reference's own summaries."""
+    truncation_rise: Share = 0.02
+    """Share of summaries that may newly run into the length limit (difference, paired)."""
     length_low: Share = 0.9
     length_high: Annotated[float, msgspec.Meta(ge=1)] = 1.1
     """All generated tokens against the reference's."""

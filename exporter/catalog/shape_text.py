@@ -24,13 +24,28 @@ def clip(facts: ConfigFacts) -> ModelShape:
 
 def clipseg(facts: ConfigFacts) -> ModelShape:
     """CLIPSeg: CLIP at the image processor's resolution, three small blocks, three convolutions."""
-    tower, vision = _clip_vision(facts, facts.limit("tile"))
+    tower, vision = _clip_vision(facts, facts.limit("size"))
     text, words = _clip_text(facts)
+    weights = (*vision, *words, *_projections(facts, tower, text), *_mask_head(facts, tower))
+    return ModelShape("segmenter", weights, tower, text)
+
+
+def biomedclipseg(facts: ConfigFacts) -> ModelShape:
+    """BiomedCLIPSeg: CLIPSeg's small blocks and convolutions over BiomedCLIP."""
+    matcher = open_clip(facts)
+    if matcher.tower is None:
+        raise ValueError("open_clip's shape has a tower")
+    weights = (*matcher.weights, *_mask_head(facts, matcher.tower))
+    return ModelShape("segmenter", weights, matcher.tower, matcher.text)
+
+
+def _mask_head(facts: ConfigFacts, tower: EncoderShape) -> tuple[Weights, ...]:
+    """Three small blocks and three convolutions over states of a tower."""
     small, inner = facts.size("reduce_dim"), facts.size("decoder_intermediate_size")
     taps, condition = len(facts.sizes("extract_layers")), facts.size("projection_dim")
     kernel = (facts.size("vision_config.patch_size") // 4) ** 2
     rows = tower.sequence
-    head = (
+    return (
         *linear("vision", small, condition, count=2, bias=True),
         *linear("vision", small, tower.hidden, count=taps, bias=True, rows_in=rows),
         *plain_blocks("vision", taps, small, inner, rows),
@@ -38,8 +53,6 @@ def clipseg(facts: ConfigFacts) -> ModelShape:
         *other("vision", small // 2, small * kernel + 1),
         *other("vision", 1, small // 2 * kernel + 1),
     )
-    weights = (*vision, *words, *_projections(facts, tower, text), *head)
-    return ModelShape("segmenter", weights, tower, text)
 
 
 def open_clip(facts: ConfigFacts) -> ModelShape:

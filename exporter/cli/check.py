@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 OWN_REPORT = Path("reports") / "compare.json"
 SMOKE_CASES = 20
+CAPTIONS = "phantoms-eval"
 
 
 @click.command()
@@ -34,7 +35,12 @@ SMOKE_CASES = 20
     help="A released bundle, or a compare.json. Default: BUNDLE's own, from when it was packaged.",
 )
 @click.option("--row", metavar="NAME", help="The model of a REPORT. Default: its first candidate.")
-@click.option("--eval", "evaluation", default="phantoms-eval", show_default=True, metavar="SET")
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="SET",
+    help="Default: the shipped set of what the model does (phantoms-eval, reports-eval).",
+)
 @click.option("--limit", type=click.IntRange(min=0), default=0, help="N cases; 0: all.")
 @click.option("--smoke", is_flag=True, help=f"{SMOKE_CASES} cases; only a failure is an error.")
 @click.option("--junit", type=PATH, metavar="FILE", help="Write JUnit XML.")
@@ -46,12 +52,20 @@ def check(bundle: Path, as_json: bool, junit: Path | None, **options: Any) -> No
 
     The margins are those of the model's profile. Exit code 0: passed, 1: failed, 4: inconclusive.
     """
+    from exporter.pipeline.task_checks import task_of
+
+    if (bundle / "model").is_dir() and task_of(bundle / "model"):
+        _check_task(bundle, _Asked(**options), junit, as_json)
+        return
+    _check_captions(bundle, _Asked(**options), junit, as_json)
+
+
+def _check_captions(bundle: Path, asked: _Asked, junit: Path | None, as_json: bool) -> None:
     from exporter.compare.gate import enforce
     from exporter.compare.junit import gate_json, junit_xml
     from exporter.compare.table import gate_table
     from exporter.core.artifact import write_atomic
 
-    asked = _Asked(**options)
     report = _run(bundle, asked)
     if junit:
         write_atomic(junit, junit_xml(report))
@@ -62,13 +76,52 @@ def check(bundle: Path, as_json: bool, junit: Path | None, **options: Any) -> No
     enforce(report, smoke=asked.smoke)
 
 
+def _check_task(bundle: Path, asked: _Asked, junit: Path | None, as_json: bool) -> None:
+    """The same for a model that does something else than caption: both bundles are run."""
+    import msgspec
+
+    from exporter.bundle.verify import verify_bundle
+    from exporter.compare.tasks.junit import task_junit
+    from exporter.core.artifact import write_atomic
+    from exporter.core.errors import WrongUsage
+    from exporter.pipeline.task_checks import TaskQuestion, compare_task_models
+
+    if asked.baseline is None or not (asked.baseline / "model").is_dir() or asked.row:
+        raise WrongUsage(
+            "a model that does not caption is held to a bundle: give --baseline BUNDLE"
+        )
+    console = Console()
+    console.begin("check", bundle.name)
+    start = time.perf_counter()
+    manifest = verify_bundle(bundle, None).manifest
+    verify_bundle(asked.baseline, None)
+    limit = asked.limit or (SMOKE_CASES if asked.smoke else 0)
+    question = TaskQuestion(asked.evaluation, limit, threads=asked.threads)
+    models = {"baseline": asked.baseline / "model", "new": bundle / "model"}
+    with ExitStack() as stack:
+        work = asked.work or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="medexport-check-"))
+        )
+        work.mkdir(parents=True, exist_ok=True)
+        found = compare_task_models(models, manifest, work, question, progress=console.advance)
+    report = found.gate("new")
+    console.end(time.perf_counter() - start, cached=False, note=report.label)
+    if junit:
+        write_atomic(junit, task_junit([report]))
+    if as_json:
+        print_json(msgspec.to_builtins(report) | {"label": report.label, "reason": report.reason})
+    else:
+        click.echo(found.to_text())
+    found.enforce("new", smoke=asked.smoke)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """The options of `medexport check`."""
 
     baseline: Path | None
     row: str | None
-    evaluation: str
+    evaluation: str | None
     limit: int
     smoke: bool
     work: Path | None
@@ -127,7 +180,9 @@ def _question(manifest: Manifest, against: Path, asked: _Asked) -> Question:
         earlier = read_comparison(against)
         prompt, length = earlier.prompt, earlier.max_new_tokens
     limit = asked.limit or (SMOKE_CASES if asked.smoke else 0)
-    chosen = open_evaluation(asked.evaluation, limit=limit, prompt=prompt, max_new_tokens=length)
+    chosen = open_evaluation(
+        asked.evaluation or CAPTIONS, limit=limit, prompt=prompt, max_new_tokens=length
+    )
     return Question(chosen.cases, prompt, length, asked.threads or usable_cores())
 
 

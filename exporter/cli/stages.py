@@ -15,6 +15,13 @@ from exporter.cli.build import GROUP_SIZE, SYMMETRIC, with_blocks
 from exporter.cli.console import Console, print_json
 
 FOLDER = click.Path(path_type=Path)
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    show_default=True,
+    help="cuda: the first NVIDIA GPU; nothing falls back to the CPU.",
+)
 
 
 def out_option(command: Any) -> Any:
@@ -123,14 +130,30 @@ def quantize(
     show_default=True,
     help="standard: ai.onnx operators alone, for TensorRT's parser; symmetric blocks only.",
 )
+@click.option(
+    "--arithmetic",
+    type=click.Choice(("float32", "float16")),
+    default="float32",
+    show_default=True,
+    help="float16: for onnxruntime on a GPU (`run --device cuda`).",
+)
 @out_option
 def export(
-    source: Path, float32: bool, target: str, dialect: Literal["ort", "standard"], out: Path
+    source: Path,
+    float32: bool,
+    target: str,
+    dialect: Literal["ort", "standard"],
+    arithmetic: str,
+    out: Path,
 ) -> None:
     """Write the ONNX graphs of a merged or quantized folder SOURCE."""
+    from exporter.core.errors import WrongUsage
+    from exporter.graphs.half import halve_export
     from exporter.pipeline.stages import export_folder
     from exporter.pipeline.targets import choose_target
 
+    if arithmetic == "float16" and (dialect != "ort" or float32):
+        raise WrongUsage("--arithmetic float16 is for --dialect ort without --float32")
     level = choose_target(target).accuracy_level
 
     def make(folder: Path, console: Console) -> None:
@@ -142,6 +165,8 @@ def export(
             dialect=dialect,
             progress=console.advance,
         )
+        if arithmetic == "float16":
+            halve_export(folder)
 
     in_folder("export", out, make)
 
@@ -181,7 +206,12 @@ def parity(
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="REFERENCE MODEL...")
-@click.option("--eval", "evaluation", default="phantoms-eval", show_default=True, metavar="SET")
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="SET",
+    help="Default: the shipped set of what the models do (phantoms-eval, reports-eval).",
+)
 @click.option("--limit", type=click.IntRange(min=0), default=0, help="N cases; 0: all.")
 @click.option("--prompt", help="Default: that of the first bundle, else the evaluation set's.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the first bundle's.")
@@ -193,16 +223,19 @@ def parity(
     metavar="N",
     help="Also on N images slightly changed (5 captions each, not gated); 0: none.",
 )
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.option("--out", type=FOLDER, metavar="DIR", help="Keep the reports here. Must not exist.")
 def compare(models: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
     """Compare models with a REFERENCE: quality, latency, memory, bytes.
 
-    Each is a bundle, an exported folder, or (not the first) predictions: a .jsonl file, or a folder
-    with predictions.jsonl, of lines with id and caption. NAME=PATH names it in the tables.
+    Each is a bundle, an exported folder, a merged or quantized folder (run by torch), or (not the
+    first) predictions: a .jsonl file, or a folder with predictions.jsonl, of lines with id and
+    caption. NAME=PATH names it in the tables.
     """
     import msgspec
 
+    from exporter.compare.compare import Comparison
     from exporter.compare.table import comparison_table
     from exporter.pipeline.compared import Asked, compare_any
 
@@ -215,8 +248,10 @@ def compare(models: tuple[str, ...], out: Path | None, as_json: bool, **options:
         comparison = in_folder("compare", out or Path(place) / "compare", make)
     if as_json:
         print_json(msgspec.to_builtins(comparison))
-    else:
+    elif isinstance(comparison, Comparison):
         click.echo(comparison_table(comparison))
+    else:
+        click.echo(comparison.to_text())
 
 
 @click.command()

@@ -18,11 +18,15 @@ QDATA, SCALES, ZEROS = ".qdata", ".scales", ".zero_points"
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Storage of one matrix: `bits` (4 or 8), `block` (values per scale), symmetric or not."""
+    """Storage of one matrix: `bits` (4 or 8), `block` (values per scale), symmetric or not.
+
+    `positive`: a quantizer may choose no scale below 0 (asymmetric blocks never have one).
+    """
 
     bits: int
     block: int
     symmetric: bool
+    positive: bool = False
 
     @property
     def middle(self) -> int:

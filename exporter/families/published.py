@@ -14,8 +14,20 @@ from typing import Any
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
+from exporter.core.tensors import Checkpoint
+from exporter.families.biomedclipseg_specs import IMAGES as BIOMED_SEG_IMAGES
+from exporter.families.biomedclipseg_specs import MODEL_TYPE as BIOMED_SEG
+from exporter.families.biomedclipseg_specs import PUBLISHED_NAMES as BIOMED_SEG_NAMES
+from exporter.families.biomedclipseg_specs import biomedclipseg_config
+from exporter.families.chest_images import CHEST_IMAGES
 from exporter.families.config import choice, count
+from exporter.families.cris_specs import IMAGES as CRIS_IMAGES
+from exporter.families.cris_specs import MODEL_TYPE as CRIS
+from exporter.families.cris_specs import PUBLISHED_NAMES as CRIS_NAMES
+from exporter.families.cris_specs import cris_config
 from exporter.families.idefics_prompts import TEMPLATE as IDEFICS_TEMPLATE
+from exporter.families.joined import Joined, JoinedCheckpoint, parted
+from exporter.families.left_out import left_out, without
 from exporter.families.moondream_published import (
     OLDER_NAMES,
     PUBLISHED_TYPE,
@@ -23,7 +35,26 @@ from exporter.families.moondream_published import (
     check_code,
     moondream_config,
 )
+from exporter.families.openai_clip import (
+    CHEXZERO,
+    CUTS,
+    TURNED,
+    openai_clip_config,
+    openai_clip_sizes,
+)
+from exporter.families.openai_clip import NAMES as OPENAI_CLIP_NAMES
+from exporter.families.t5_specs import LEFT_OUT as T5_LEFT_OUT
+from exporter.families.t5_specs import newest_config, t5_copies
 from exporter.families.textfiles import find_template
+from exporter.families.turned import TurnedCheckpoint
+from exporter.families.xraygpt_published import (
+    IMAGES,
+    JOINS,
+    NAMES,
+    TEMPLATE,
+    xraygpt_config,
+)
+from exporter.families.xraygpt_published import PUBLISHED_TYPE as XRAYGPT
 
 TEMPLATE_FILE = "chat_template.jinja"
 
@@ -52,7 +83,15 @@ class PublishedLayout:
 
     `tokenizer`: where there is a tokenizer.json, which every layout needs; `files`: small files that
     the repository leaves out: name to a template's text, or to JSON; `check` compares a folder's
-    other files with its config.json, and raises `InputRefused`.
+    other files with its config.json, and raises `InputRefused`; `joins`: tensors that are published in
+    parts, by their newest names.
+
+    What one published tensor holds several of (a fused ``qkv``) is in `cuts`, whose wholes are
+    published and whose parts are the newest ones; matrices stored as ``[inputs, outputs]`` are in
+    `turned`, whole name to newest name. Both see the names that `names` gives (the renaming comes
+    first), and cuts are the same endings before it. `sizes` gives the keys that config.json leaves out, from the shapes of the published
+    tensors. `left_out`: stems of newest names that merging leaves out, with the reason;
+    `copies` of a config.json: a tensor to the one that it may be a second copy of, left out where it is.
     """
 
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -60,6 +99,12 @@ class PublishedLayout:
     tokenizer: str
     files: Mapping[str, str | Mapping[str, Any]] = field(default_factory=dict)
     check: Callable[[Path, Mapping[str, Any]], None] | None = None
+    joins: tuple[Joined, ...] = ()
+    cuts: tuple[Joined, ...] = ()
+    turned: Mapping[str, str] = field(default_factory=dict)
+    sizes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    copies: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
 
 
 # The image stands where the original code has the id -200, which is no row of the embedding: here it
@@ -181,6 +226,42 @@ PUBLISHED: Mapping[str, PublishedLayout] = {
         "let transformers' AutoTokenizer save one",
         {TEMPLATE_FILE: IDEFICS_TEMPLATE},
     ),
+    XRAYGPT: PublishedLayout(
+        xraygpt_config,
+        NameMap(NAMES),
+        "Vicuna's tokenizer.model is Llama's: let transformers' AutoTokenizer save one",
+        {TEMPLATE_FILE: TEMPLATE, "preprocessor_config.json": IMAGES},
+        joins=JOINS,
+    ),
+    BIOMED_SEG: PublishedLayout(
+        biomedclipseg_config,
+        NameMap(BIOMED_SEG_NAMES),
+        "take that of microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        {"preprocessor_config.json": BIOMED_SEG_IMAGES},
+    ),
+    CRIS: PublishedLayout(
+        cris_config,
+        NameMap(CRIS_NAMES),
+        "take that of openai/clip-vit-base-patch32, which has the same tokens",
+        {"preprocessor_config.json": CRIS_IMAGES},
+    ),
+    # Names are transformers' own; its config says two things by one key.
+    "t5": PublishedLayout(
+        newest_config,
+        NameMap(()),
+        "let transformers' AutoTokenizer save one",
+        left_out=T5_LEFT_OUT,
+        copies=t5_copies,
+    ),
+    CHEXZERO: PublishedLayout(
+        openai_clip_config,
+        NameMap(OPENAI_CLIP_NAMES),
+        "take that of openai/clip-vit-base-patch32, which has the same tokens",
+        {"preprocessor_config.json": CHEST_IMAGES},
+        cuts=CUTS,
+        turned=TURNED,
+        sizes=openai_clip_sizes,
+    ),
 }
 
 
@@ -193,6 +274,54 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` as the newest class of transformers reads it. Raises `InputRefused` on a bad one."""
     layout = published_layout(config)
     return dict(config) if layout is None else layout.convert(config)
+
+
+def folder_config(folder: Path) -> dict[str, Any]:
+    """config.json of a published folder as the newest class reads it, with the sizes that only its
+    tensors say. Raises `InputRefused`.
+    """
+    config = read_config(folder / "config.json")
+    layout = published_layout(config)
+    if layout is not None and layout.sizes is not None:
+        shapes = {n: info.shape for n, info in Checkpoint.open(folder).tensors.items()}
+        config = {**config, **layout.sizes(shapes)}
+    return modern_config(config)
+
+
+def joined_tensors(config: Mapping[str, Any], tensors: Checkpoint) -> Checkpoint:
+    """`tensors` (by their newest names) of a published config.json, those published in parts as one,
+    those published as one in parts, and turned ones the right way round.
+
+    Raises `InputRefused` when parts are missing or unequal.
+    """
+    layout = published_layout(config)
+    if layout is None:
+        return tensors
+    if layout.left_out:
+        tensors = without(tensors, left_out(tensors, layout.left_out))
+    if layout.copies is not None:
+        both = [
+            (n, of) for n, of in layout.copies(config).items() if {n, of} <= tensors.tensors.keys()
+        ]
+        tensors = without(tensors, [n for n, of in both if tensors.same_bytes(n, of)])
+    if layout.cuts:
+        tensors = parted(tensors, layout.cuts)
+    if layout.joins:
+        tensors = JoinedCheckpoint(tensors, layout.joins)
+    return TurnedCheckpoint(tensors, layout.turned) if layout.turned else tensors
+
+
+def published_tensors(config: Mapping[str, Any], tensors: Checkpoint) -> Checkpoint:
+    """`tensors` (by their newest names) as the layout of `config` has them: renaming and
+    `joined_tensors` undone.
+    """
+    layout = published_layout(config)
+    if layout is None:
+        return tensors
+    published = layout.names.published
+    tensors = parted(tensors, layout.joins).renamed(published)
+    turned = {published(new): old for old, new in layout.turned.items()}
+    return TurnedCheckpoint(JoinedCheckpoint(tensors, layout.cuts), turned)
 
 
 def complete_published(checkpoint: Path, out: Path) -> None:

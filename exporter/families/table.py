@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from exporter.core.errors import InputRefused
 from exporter.families import (
+    blip2,
     cnn_transformer,
     idefics,
     idefics3,
@@ -18,6 +19,7 @@ from exporter.families import (
 from exporter.families.base import Family
 
 FAMILIES: dict[str, Family] = {
+    "blip2": cast(Family, blip2),
     "idefics": cast(Family, idefics),
     "idefics3": cast(Family, idefics3),
     "llava": cast(Family, llava),

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from exporter.core.errors import InputRefused
+from exporter.families import (
+    bert,
+    biomedclip,
+    biomedclipseg,
+    clip,
+    clipseg,
+    cris,
+    medbridge,
+    medclip,
+    medfilip,
+    t5,
+)
 from exporter.families.tasks import TaskFamily
 
-TASK_FAMILIES: dict[str, TaskFamily] = {}
+TASK_FAMILIES: dict[str, TaskFamily] = {
+    "clip": cast(TaskFamily, clip),
+    "clipseg": cast(TaskFamily, clipseg),
+    "cris": cast(TaskFamily, cris),
+    "t5": cast(TaskFamily, t5),
+    "bert": cast(TaskFamily, bert),
+    "biomedclip": cast(TaskFamily, biomedclip),
+    "biomedclipseg": cast(TaskFamily, biomedclipseg),
+    "medclip": cast(TaskFamily, medclip),
+    "medfilip": cast(TaskFamily, medfilip),
+    "medbridge": cast(TaskFamily, medbridge),
+}
 
 
 def task_family_of(config: Mapping[str, Any]) -> TaskFamily | None:

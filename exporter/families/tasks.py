@@ -108,9 +108,9 @@ class ZeroShotPreparer(Protocol):
 class SegmentationPreparer(Protocol):
     """Images and texts to masks.
 
-    `VISION_GRAPH` gives the outputs that `MASK_GRAPH` takes by the same names, for one image;
-    `TEXT_GRAPH` gives ``text_embeds`` ``[texts, size]``. `MASK_GRAPH` takes the vision outputs of one
-    image and ``text_embeds``, and gives ``logits`` ``[texts, height, width]``.
+    `MASK_GRAPH` takes all that `VISION_GRAPH` gives for one image and all that `TEXT_GRAPH` gives
+    (``text_embeds`` ``[texts, size]`` and, where it needs more, each text's words) by the same names,
+    and gives ``logits`` ``[texts, height, width]``.
     """
 
     def images(self, images: Sequence[Image]) -> Feed:

@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from exporter.families.clip_tower import ClipTower
 from exporter.families.llava_vision import LlavaVision
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
 from exporter.graphs.vit import Stream, Vit
@@ -19,7 +20,11 @@ LAST = np.iinfo(np.int64).max
 
 
 def write_llava_vision(
-    folder: Path, spec: LlavaVision, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: LlavaVision,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``.
 
@@ -29,7 +34,7 @@ def write_llava_vision(
     the newline standing behind them. Raises `InputRefused` when tensors are missing or of other
     shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         build_llava_vision(Vit(writer, spec.tower, weights, accuracy_level), spec)
         return writer.finish()
 

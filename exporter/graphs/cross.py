@@ -14,6 +14,7 @@ from onnx import TensorProto
 from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import cross_names
 from exporter.families.vit_tower import CrossVit
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.tower import NAME
 from exporter.graphs.vit import Stream, Vit
@@ -22,7 +23,11 @@ from exporter.graphs.writer import GraphWriter, WrittenGraph
 
 
 def write_cross_vit(
-    folder: Path, spec: CrossVit, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: CrossVit,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``.
 
@@ -30,7 +35,7 @@ def write_cross_vit(
     cross_key_values.{i}.key|value float32 [batch * tiles, heads, rows, head_dim] for each block i of
     the decoder. Raises `InputRefused` when tensors are missing or of other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         vit = Vit(writer, spec.tower, weights, accuracy_level)
         side = spec.tower.image_size
         shape: list[int | str] = ["batch_size", "tiles", 3, side, side]

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import DecoderSpec
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import Matrix, stack_rows
 from exporter.graphs.rotary import AxisRotary, rotary_tables, section_frequencies
@@ -30,7 +31,11 @@ class DecoderOptions:
 
 
 def write_decoder(
-    folder: Path, spec: DecoderSpec, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: DecoderSpec,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
 
@@ -42,8 +47,8 @@ def write_decoder(
     Raises `InputRefused` when tensors are missing or of other shapes, or the attention op cannot
     do the head size.
     """
-    check_head_size(spec)
-    with GraphWriter(folder, NAME) as writer:
+    check_head_size(spec, dialect)
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         llama = LlamaGraph(writer, spec, weights, options)
         embeds, logits = llama.begin(spec.vocab_size)
         stream = (embeds, "")
@@ -60,9 +65,9 @@ def write_decoder(
         return writer.finish()
 
 
-def check_head_size(spec: DecoderSpec) -> None:
+def check_head_size(spec: DecoderSpec, dialect: OpenDialect | None = None) -> None:
     """Raise `InputRefused` when the attention op cannot do the head size."""
-    if spec.head_dim % 16 and not spec.mrope:
+    if dialect is None and spec.head_dim % 16 and not spec.mrope:
         raise InputRefused(
             f"config.json: head_dim is {spec.head_dim}; onnxruntime's GroupQueryAttention with "
             "rotary positions needs a multiple of 16, this model cannot be exported for it"
@@ -124,10 +129,15 @@ class LlamaGraph:
             return
         axes = len(spec.mrope)
         positions = writer.input("position_ids", INT64, [axes, "batch_size", "sequence_length"])
+        table = section_frequencies(spec.head_dim, spec.rope_theta, spec.mrope)
+        if writer.dialect is not None:
+            last = {"perm": [1, 2, 0]}
+            by_place = writer.node("Transpose", "rotary.rows", [positions], attributes=last)
+            self.axes = AxisRotary(writer, by_place, table)
+            return
         flat = writer.constant("rotary.flat", np.array([axes, -1], np.int64))
         rows = writer.node("Reshape", "rotary.axes", [positions, flat])
         turned = writer.node("Transpose", "rotary.rows", [rows], attributes={"perm": [1, 0]})
-        table = section_frequencies(spec.head_dim, spec.rope_theta, spec.mrope)
         self.axes = AxisRotary(writer, turned, table)
         shape = writer.node("Shape", "rotary.shape", [positions], attributes={"start": 1, "end": 3})
         count = writer.node("ReduceProd", "rotary.count", [shape], attributes={"keepdims": 0})
@@ -185,8 +195,8 @@ class LlamaGraph:
                 for part, n in parts.items()
             )
         if self.axes is not None:
-            q = self.axes.turn(f"{name}.q_rotary", q, self.places)
-            k = self.axes.turn(f"{name}.k_rotary", k, self.places)
+            q = self.axes.turn(f"{name}.q_rotary", q, self.places, spec.heads)
+            k = self.axes.turn(f"{name}.k_rotary", k, self.places, spec.kv_heads)
         return [q, k, v]
 
     def _biased(self, name: str, x: str, *projections: str) -> str:

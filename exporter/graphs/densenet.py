@@ -10,6 +10,7 @@ from onnx import TensorProto
 from exporter.families.cnn_transformer import CellVision
 from exporter.families.densenet import NORM_EPS, DenseLayer
 from exporter.graphs.cross import write_cross_outputs
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.post_norm import PostNorm
 from exporter.graphs.tower import NAME
@@ -18,13 +19,17 @@ from exporter.graphs.writer import GraphWriter, WrittenGraph
 
 
 def write_cell_vision(
-    folder: Path, spec: CellVision, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: CellVision,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``, with the inputs and outputs of `graphs.cross.write_cross_vit`.
 
     Raises `InputRefused` when tensors are missing or of other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         side, hidden = spec.image_size, spec.output_size
         shape: list[int | str] = ["batch_size", "tiles", 3, side, side]
         pixels = writer.input("pixel_values", TensorProto.FLOAT, shape)

@@ -10,6 +10,7 @@ from onnx import TensorProto
 from exporter.core.blocks import PackedMatrix
 from exporter.core.errors import InputRefused
 from exporter.families.decoder import TextDecoder
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.matrices import Matrix
 from exporter.graphs.weights import WeightSource
@@ -18,12 +19,14 @@ from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 NAME = "embed_tokens"
 
 
-def write_embedding(folder: Path, spec: TextDecoder, weights: WeightSource) -> WrittenGraph:
+def write_embedding(
+    folder: Path, spec: TextDecoder, weights: WeightSource, dialect: OpenDialect | None = None
+) -> WrittenGraph:
     """Write ``embed_tokens.onnx``: input_ids int64 [batch, sequence] -> inputs_embeds float32.
 
     Raises `InputRefused` when the table is missing or of another shape.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         ids = writer.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         shape: list[int | str] = ["batch_size", "sequence_length", spec.hidden_size]
         out = writer.output("inputs_embeds", TensorProto.FLOAT, shape)
@@ -38,6 +41,8 @@ def table_rows(writer: GraphWriter, name: str, table: Matrix, ids: str, out: str
     Raises `InputRefused` for a form of which rows cannot be looked up.
     """
     if isinstance(table, PackedMatrix):
+        if writer.dialect is not None:
+            return writer.dialect.rows(table, ids, out)
         return _gather_packed(writer, table, ids, out)
     if not isinstance(table, np.ndarray):
         raise InputRefused(

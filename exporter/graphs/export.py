@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL.Image import Image
+
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.digest import canonical_json
-from exporter.core.errors import InputRefused
+from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
@@ -18,14 +20,16 @@ from exporter.families.tasks import TaskFamily, task_tensors
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
 from exporter.graphs.readers import complete_for_readers, say_where_weights_lie
+from exporter.graphs.standard.compute import compute_in_float16
 from exporter.graphs.standard.parts import write_standard
-from exporter.graphs.standard.report import StandardReport, describe
+from exporter.graphs.standard.report import PROMPT, StandardReport, describe
 from exporter.graphs.task_parts import write_task_graph
 from exporter.graphs.weights import FloatStorage, WeightSource
 from exporter.graphs.writer import OPSET, WrittenGraph
 
 SCHEMA = 1
 Dialect = Literal["ort", "standard"]
+Compute = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class ExportReport:
         return sum(p.graph_bytes + p.data_bytes for p in self.parts)
 
 
-def export_model(
+def export_model(  # noqa: PLR0913 (each is one decision of the caller)
     source: Path,
     out: Path,
     *,
@@ -58,6 +62,8 @@ def export_model(
     float_storage: FloatStorage = "float16",
     accuracy_level: int = 4,
     tower_accuracy_level: int = 0,
+    compute: Compute = "float32",
+    examples: Sequence[Image] = (),
     progress: Progress = silent,
 ) -> ExportReport:
     """Write ``model/`` (small files, ``onnx/``) and ``export.json`` into the existing folder `out`.
@@ -67,10 +73,14 @@ def export_model(
     float32, 4 in int8: several times faster where one row meets a matrix, which is decoding). Each
     tensor of the source is used exactly once (a tied embedding twice) or the export fails.
     The dialect `standard` has no operators of onnxruntime's own; it computes in float32, and its
-    graphs are held against the operators that TensorRT's parser takes.
+    graphs are held against the operators that TensorRT's parser takes. With `compute` float16 it
+    computes in float16 but for layers that leave its range on `examples` (images; none: drawn ones), see
+    `graphs.standard.float16`; the ort dialect refuses that.
     Raises `InputRefused` for a bad source, `EnvironmentLacks` when the disk is too small.
     """
     config = read_config(source / "config.json")
+    if compute == "float16":
+        _refuse_float16(dialect, float_storage)
     task = task_family_of(config)
     if task is not None:
         refuse_dialect(task, dialect)
@@ -85,7 +95,8 @@ def export_model(
     onnx.mkdir(parents=True)
     if dialect == "standard":
         accuracy_level = tower_accuracy_level = 0
-        parts, widened = write_standard(onnx, decoder, tower, weights)
+        half = compute == "float16"
+        parts, widened = write_standard(onnx, decoder, tower, weights, half=half)
     else:
         parts = (
             write_vision(onnx, tower, weights, tower_accuracy_level),
@@ -105,9 +116,38 @@ def export_model(
     copy_small_files(source, model)
     complete_for_readers(model, parts, genai=dialect == "ort")
     if dialect == "standard":
-        report = replace(report, standard=describe(model, parts, widened))
+        report = _described(report, model, widened, compute, examples)
     _write_report(report, out)
     return report
+
+
+def _described(
+    report: ExportReport,
+    model: Path,
+    widened: Mapping[str, str],
+    compute: Compute,
+    examples: Sequence[Image],
+) -> ExportReport:
+    """`report` with what only the standard dialect has, its graphs turned to float16 where asked."""
+    if compute == "float32":
+        return replace(report, standard=describe(model, report.parts, widened))
+    made = compute_in_float16(model, report.parts, examples, PROMPT)
+    standard = replace(
+        describe(model, made.parts, widened),
+        compute=compute,
+        kept_float32=made.kept,
+        float16_difference=made.difference,
+    )
+    return replace(report, parts=made.parts, standard=standard)
+
+
+def _refuse_float16(dialect: Dialect, storage: FloatStorage) -> None:
+    if dialect != "standard":
+        raise WrongUsage(
+            f"--compute float16 is for the standard dialect; the {dialect} dialect computes in float32"
+        )
+    if storage != "float16":
+        raise WrongUsage(f"--compute float16 reads float16 weights, not {storage} ones")
 
 
 def refuse_dialect(task: TaskFamily, dialect: Dialect) -> None:

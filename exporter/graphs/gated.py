@@ -8,18 +8,24 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.idefics_specs import GatedLlama
+from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions, LlamaGraph, check_head_size
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.embedding import NAME as EMBEDDING
 from exporter.graphs.embedding import table_rows
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.weights import WeightSource
-from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
+from exporter.graphs.writer import GraphWriter, WrittenGraph
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 def write_gated_llama(
-    folder: Path, spec: GatedLlama, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: GatedLlama,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
 
@@ -28,8 +34,8 @@ def write_gated_llama(
     1 where a position sees an image. What sees none takes nothing from the gated blocks' attention.
     Raises `InputRefused` as `write_decoder` does.
     """
-    check_head_size(spec.llama)
-    with GraphWriter(folder, NAME) as writer:
+    check_head_size(spec.llama, dialect)
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         llama = LlamaGraph(writer, spec.llama, weights, options)
         embeds, logits = llama.begin(spec.vocab_size)
         gated = _GatedBlocks(llama, spec)
@@ -42,12 +48,14 @@ def write_gated_llama(
         return writer.finish()
 
 
-def write_parted_embedding(folder: Path, spec: GatedLlama, weights: WeightSource) -> WrittenGraph:
+def write_parted_embedding(
+    folder: Path, spec: GatedLlama, weights: WeightSource, dialect: OpenDialect | None = None
+) -> WrittenGraph:
     """Write ``embed_tokens.onnx`` as `graphs.embedding.write_embedding`, of Llama's rows and the added ones.
 
     Raises `InputRefused` when a table is missing or of another shape.
     """
-    with GraphWriter(folder, EMBEDDING) as writer:
+    with GraphWriter(folder, EMBEDDING, dialect=dialect) as writer:
         ids = writer.input("input_ids", INT64, ["batch_size", "sequence_length"])
         shape: list[int | str] = ["batch_size", "sequence_length", spec.hidden_size]
         out = writer.output("inputs_embeds", FLOAT, shape)
@@ -152,16 +160,8 @@ class _GatedBlocks:
             writer.input(f"cross_key_values.{block}.{part}", FLOAT, shape)
             for part in ("key", "value")
         ]
-        return writer.node(
-            "MultiHeadAttention",
-            f"{name}.attention",
-            [queries, *image, "", "", self.bias],
-            domain=MICROSOFT,
-            attributes={
-                "num_heads": spec.heads,
-                "scale": float(np.float32(spec.head_dim**-0.5)),
-            },
-        )
+        inputs = [queries, *image, "", "", self.bias]
+        return attention(writer, f"{name}.attention", inputs, spec.heads, spec.head_dim)
 
     def _product(self, name: str, tensor: str, x: str) -> str:
         size = self.spec.hidden_size

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from exporter.families.gpt2 import Gpt2Spec
+from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear
 from exporter.graphs.texts import TextGraph, check_heads
 from exporter.graphs.vit import ACTIVATION_OPS, Stream
@@ -16,7 +16,11 @@ from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 
 def write_gpt2(
-    folder: Path, spec: Gpt2Spec, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: Gpt2Spec,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
 
@@ -24,8 +28,8 @@ def write_gpt2(
     [batch, heads, rows, head_dim] as the vision graph gives them. Raises `InputRefused` when tensors
     are missing or of other shapes, or the attention op cannot do the head size.
     """
-    check_heads(spec)
-    with GraphWriter(folder, NAME) as writer:
+    check_heads(spec, dialect)
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         _Decoder(writer, spec, weights, options).build()
         return writer.finish()
 
@@ -89,16 +93,8 @@ class _Decoder:
         name = f"h.{layer}.crossattention"
         product, bias = self._product(layer, "crossattention.q_attn", x)
         queries = writer.node("Add", f"{name}.q_attn/bias", [product, bias])
-        return writer.node(
-            "MultiHeadAttention",
-            name,
-            [queries, *self.text.image(layer)],
-            domain=MICROSOFT,
-            attributes={
-                "num_heads": spec.heads,
-                "scale": float(np.float32(spec.head_dim**-0.5)),
-            },
-        )
+        inputs = [queries, *self.text.image(layer)]
+        return attention(writer, name, inputs, spec.heads, spec.head_dim)
 
     def _norm(self, tensor: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
         """Layer norm of the stream's sum, and that sum (which the `last` norm does not give)."""

@@ -39,18 +39,15 @@ def linear(
     activations to int8 (onnxruntime's MatMulNBits). At 0 the kernel unpacks an 8-bit matrix anew
     in each call: little beside a thousand rows of x, ruinous for one. `output` names the result.
     """
+    if writer.dialect is not None:
+        return writer.dialect.product(name, x, matrix, output)
     outputs = None if output is None else [output]
     if isinstance(matrix, Nf4Matrix):
         return _linear_nf4(writer, name, x, matrix, outputs)
     if isinstance(matrix, StaticMatrix):
         return linear_static(writer, name, x, matrix, outputs)
-    if isinstance(matrix, WatchedMatrix):
-        watch(writer, x, matrix)
-        return linear(writer, name, x, matrix.values, accuracy_level, output=output)
-    if isinstance(matrix, GatedMatrix):
-        plain = linear(writer, f"{name}/float", x, matrix.values, accuracy_level)
-        static = linear_static(writer, f"{name}/static", x, matrix.static, None)
-        return blend(writer, name, matrix, plain, static, output)
+    if isinstance(matrix, WatchedMatrix | GatedMatrix):
+        return _linear_observed(writer, name, x, matrix, accuracy_level, output)
     if not isinstance(matrix, PackedMatrix):
         # Turned here: a Transpose node would be folded at load, for twice the memory.
         weight = float_weight(writer, f"{name}.weight", transposed(matrix))
@@ -77,6 +74,23 @@ def linear(
             "accuracy_level": accuracy_level,
         },
     )
+
+
+def _linear_observed(
+    writer: GraphWriter,
+    name: str,
+    x: str,
+    matrix: WatchedMatrix | GatedMatrix,
+    accuracy_level: int,
+    output: str | None,
+) -> str:
+    """A float matrix of which calibration sees the inputs, or that it switches to 8 bits."""
+    if isinstance(matrix, WatchedMatrix):
+        watch(writer, x, matrix)
+        return linear(writer, name, x, matrix.values, accuracy_level, output=output)
+    plain = linear(writer, f"{name}/float", x, matrix.values, accuracy_level)
+    static = linear_static(writer, f"{name}/static", x, matrix.static, None)
+    return blend(writer, name, matrix, plain, static, output)
 
 
 def _linear_nf4(

@@ -8,6 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.moondream_vision import MoondreamVision
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
 from exporter.graphs.vit import Stream, Vit
@@ -18,7 +19,11 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 def write_moondream_vision(
-    folder: Path, spec: MoondreamVision, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: MoondreamVision,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``, one image a run.
 
@@ -28,7 +33,7 @@ def write_moondream_vision(
     of one crop's (see `families.overlap_crops`) -> image_features float32 [1, tokens, output_size].
     Raises `InputRefused` when tensors are missing or of other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         vit = Vit(writer, spec, weights, accuracy_level)
         side = spec.image_size
         pixels = writer.input("pixel_values", FLOAT, ["batch_size", "crops", 3, side, side])

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from exporter.families.base import DecoderSpec, TowerSpec, VisionSpec
+from exporter.families.blip2_vision import Blip2Vision
 from exporter.families.cnn_transformer import CellVision
 from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import Gpt2Spec
 from exporter.families.idefics_specs import GatedLlama, ResampledVision
 from exporter.families.llava_vision import LlavaVision
 from exporter.families.moondream_vision import MoondreamVision
+from exporter.families.opt import OptSpec
 from exporter.families.phi import PhiSpec
 from exporter.families.post_norm import PostNormDecoder
 from exporter.families.qwen_vision import QwenVisionSpec
@@ -24,20 +26,23 @@ from exporter.graphs.clip_tower import write_llava_vision
 from exporter.graphs.cross import write_cross_vit
 from exporter.graphs.decoder import DecoderOptions, write_decoder
 from exporter.graphs.densenet import write_cell_vision
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.embedding import write_embedding
 from exporter.graphs.gated import write_gated_llama, write_parted_embedding
 from exporter.graphs.gpt2 import write_gpt2
 from exporter.graphs.moondream_tower import write_moondream_vision
+from exporter.graphs.opt import write_opt
 from exporter.graphs.perceiver import write_resampled_vision
 from exporter.graphs.phi import write_phi
 from exporter.graphs.post_norm import write_post_norm
+from exporter.graphs.qformer import write_blip2_vision
 from exporter.graphs.qwen_tower import write_qwen_vision
 from exporter.graphs.tower import write_tower
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import WrittenGraph
 
 # The first argument after the folder is a spec of the row's own kind, hence Any.
-Writer = Callable[[Path, Any, WeightSource, int], WrittenGraph]
+Writer = Callable[[Path, Any, WeightSource, int, OpenDialect | None], WrittenGraph]
 VISION_WRITERS: Mapping[type, Writer] = {
     TowerSpec: write_tower,
     LlavaVision: write_llava_vision,
@@ -46,34 +51,48 @@ VISION_WRITERS: Mapping[type, Writer] = {
     CellVision: write_cell_vision,
     MoondreamVision: write_moondream_vision,
     ResampledVision: write_resampled_vision,
+    Blip2Vision: write_blip2_vision,
 }
-DecoderWriter = Callable[[Path, Any, WeightSource, DecoderOptions], WrittenGraph]
+DecoderWriter = Callable[
+    [Path, Any, WeightSource, DecoderOptions, OpenDialect | None], WrittenGraph
+]
 DECODER_WRITERS: Mapping[type, DecoderWriter] = {
     DecoderSpec: write_decoder,
     Gpt2Spec: write_gpt2,
     PostNormDecoder: write_post_norm,
     PhiSpec: write_phi,
+    OptSpec: write_opt,
     GatedLlama: write_gated_llama,
 }
 # Only decoders whose embedding is more than one table of its vocabulary.
-EmbeddingWriter = Callable[[Path, Any, WeightSource], WrittenGraph]
+EmbeddingWriter = Callable[[Path, Any, WeightSource, OpenDialect | None], WrittenGraph]
 EMBEDDING_WRITERS: Mapping[type, EmbeddingWriter] = {GatedLlama: write_parted_embedding}
 
 
 def write_vision(
-    folder: Path, spec: VisionSpec, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: VisionSpec,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
-    return VISION_WRITERS[type(spec)](folder, spec, weights, accuracy_level)
+    return VISION_WRITERS[type(spec)](folder, spec, weights, accuracy_level, dialect)
 
 
-def write_tokens(folder: Path, spec: TextDecoder, weights: WeightSource) -> WrittenGraph:
+def write_tokens(
+    folder: Path, spec: TextDecoder, weights: WeightSource, dialect: OpenDialect | None = None
+) -> WrittenGraph:
     """Write ``embed_tokens.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
-    return EMBEDDING_WRITERS.get(type(spec), write_embedding)(folder, spec, weights)
+    return EMBEDDING_WRITERS.get(type(spec), write_embedding)(folder, spec, weights, dialect)
 
 
 def write_text_decoder(
-    folder: Path, spec: TextDecoder, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: TextDecoder,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx`` for any kind of `spec`. Raises `InputRefused` on bad tensors."""
-    return DECODER_WRITERS[type(spec)](folder, spec, weights, options)
+    return DECODER_WRITERS[type(spec)](folder, spec, weights, options, dialect)

@@ -12,19 +12,25 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.idefics_specs import ResampledVision
+from exporter.graphs.attention import attention
 from exporter.graphs.clip_tower import clip_states
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.tower import NAME
 from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
-from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
+from exporter.graphs.writer import GraphWriter, WrittenGraph
 
 # The resampler's norms have torch's default, whatever config.json says of the others.
 NORM_EPS = 1e-5
 
 
 def write_resampled_vision(
-    folder: Path, spec: ResampledVision, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: ResampledVision,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``.
 
@@ -32,7 +38,7 @@ def write_resampled_vision(
     float32 [batch, heads, images * latents, head_dim] for each gated block i of the decoder.
     Raises `InputRefused` when tensors are missing or of other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         vit = Vit(writer, spec.tower, weights, accuracy_level)
         side = spec.tower.image_size
         shape: list[int | str] = ["batch_size", "images", 3, side, side]
@@ -124,13 +130,8 @@ class _Resampler:
             )
             normed = self._norm(f"{name}.{part}_norm", f"{at}{part}_layer_norm", heads, p.head_dim)
             parts[part] = self.vit.reshape(f"{name}.{part}", normed, [0, 0, inside])
-        attended = writer.node(
-            "MultiHeadAttention",
-            f"{name}.attention",
-            list(parts.values()),
-            domain=MICROSOFT,
-            attributes={"num_heads": p.heads, "scale": float(np.float32(p.head_dim**-0.5))},
-        )
+        inputs = list(parts.values())
+        attended = attention(writer, f"{name}.attention", inputs, p.heads, p.head_dim)
         return self._product(f"{name}.output_proj", f"{at}output_proj", attended, p.width, inside)
 
     def _norm(self, name: str, tensor: str, x: str, size: int) -> str:

@@ -9,15 +9,20 @@ from onnx import TensorProto
 
 from exporter.families.phi import PhiSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear
 from exporter.graphs.rotary import rotary_tables
-from exporter.graphs.texts import LAST, TextGraph, check_heads
+from exporter.graphs.texts import TextGraph, check_heads
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 
 def write_phi(
-    folder: Path, spec: PhiSpec, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: PhiSpec,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
 
@@ -27,8 +32,8 @@ def write_phi(
     attention without a mask among themselves. Raises `InputRefused` when tensors are missing or of
     other shapes, or the attention op cannot do the head size.
     """
-    check_heads(spec)
-    with GraphWriter(folder, NAME) as writer:
+    check_heads(spec, dialect)
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         _Decoder(writer, spec, weights, options).build()
         return writer.finish()
 
@@ -48,13 +53,8 @@ class _Decoder:
         cos, sin = rotary_tables(spec.max_positions, spec.rotary_dim, spec.rope_theta)
         self.tables = [writer.weight("rotary.cos", cos), writer.weight("rotary.sin", sin)]
         prefix = writer.input("prefix_length", TensorProto.INT64, [])
-        ends = {
-            name: np.array([v], np.int64) for name, v in (("zero", 0), ("end", LAST), ("axis", 1))
-        }
-        self.zero, self.end, self.axis = (
-            writer.constant(f"prefix.{name}", value) for name, value in ends.items()
-        )
-        self.prefix = writer.node("Reshape", "prefix", [prefix, self.axis])
+        one = writer.constant("prefix.shape", np.array([1], np.int64))
+        self.prefix = writer.node("Reshape", "prefix", [prefix, one])
 
     def build(self) -> None:
         spec, residual, addition = self.spec, self.text.embeds, ""
@@ -89,28 +89,8 @@ class _Decoder:
         return self.writer.node("FastGelu", name, list(product), domain=MICROSOFT)
 
     def _attention(self, layer: int, x: str) -> str:
-        """Rows of causal attention, the first ones replaced by those of attention both ways."""
-        name, writer = f"blocks.{layer}.attention", self.writer
-        queries, keys, values = self._queries(layer, x)
-        causal = self.text.attention(layer, [queries, keys, values])
-        first = [
-            writer.node("Slice", f"{name}.first_{part}", [rows, self.zero, self.prefix, self.axis])
-            for part, rows in (("q", queries), ("k", keys), ("v", values))
-        ]
-        attributes = {
-            "num_heads": self.spec.heads,
-            "scale": float(np.float32(self.spec.head_dim**-0.5)),
-        }
-        both = writer.node(
-            "MultiHeadAttention",
-            f"{name}.both_ways",
-            first,
-            domain=MICROSOFT,
-            attributes=attributes,
-        )
-        ends = [causal, self.prefix, self.end, self.axis]
-        later = writer.node("Slice", f"{name}.later", ends)
-        return writer.node("Concat", name, [both, later], attributes={"axis": 1})
+        """Causal attention, in which the first positions see each other both ways."""
+        return self.text.attention(layer, self._queries(layer, x), prefix=self.prefix)
 
     def _queries(self, layer: int, x: str) -> list[str]:
         """Queries and keys, turned by their places, and values."""
@@ -123,6 +103,10 @@ class _Decoder:
 
     def _turned(self, x: str) -> str:
         """The first `rotary_dim` values of each head turned by the position (RoFormer, arXiv 2104.09864)."""
+        if self.writer.dialect is not None:
+            turns = self.writer.dialect.looked_up(self.tables, self.places)
+            sizes = (self.spec.head_dim, self.spec.rotary_dim)
+            return self.writer.dialect.turned(f"{x}/turned", x, turns, self.spec.heads, sizes)
         attributes = {
             "interleaved": 0,
             "num_heads": self.spec.heads,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from exporter.families.post_norm import NORM_EPS, PostNormDecoder, PostNormSizes
+from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import take_rows
 from exporter.graphs.texts import TextGraph, check_heads
@@ -16,15 +16,19 @@ from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
 
 def write_post_norm(
-    folder: Path, spec: PostNormDecoder, weights: WeightSource, options: DecoderOptions
+    folder: Path,
+    spec: PostNormDecoder,
+    weights: WeightSource,
+    options: DecoderOptions,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``decoder_model_merged.onnx``, prefill and decode in one graph.
 
     Inputs and outputs as `graphs.gpt2.write_gpt2`. Raises `InputRefused` when tensors are missing or of
     other shapes, or the attention op cannot do the head size.
     """
-    check_heads(spec)
-    with GraphWriter(folder, NAME) as writer:
+    check_heads(spec, dialect)
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         _Decoder(writer, spec, weights, options).build()
         return writer.finish()
 
@@ -51,17 +55,8 @@ class PostNorm:
 
     def seen(self, name: str, queries_keys_values: list[str]) -> str:
         """Attention without a mask."""
-        attributes = {
-            "num_heads": self.sizes.heads,
-            "scale": float(np.float32(self.sizes.head_dim**-0.5)),
-        }
-        return self.writer.node(
-            "MultiHeadAttention",
-            f"{name}attention",
-            queries_keys_values,
-            domain=MICROSOFT,
-            attributes=attributes,
-        )
+        sizes, inputs = self.sizes, queries_keys_values
+        return attention(self.writer, f"{name}attention", inputs, sizes.heads, sizes.head_dim)
 
     def projected(self, name: str, x: str, first: int, last: int, *, again: bool = False) -> str:
         """Parts `first` to `last` of queries, keys and values of the attention called `name`.

@@ -13,6 +13,8 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.qwen_vision import NORM_EPS, QwenVisionSpec
+from exporter.graphs.attention import attention
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.matrices import Matrix, stack_rows
 from exporter.graphs.rotary import AxisRotary, frequencies
@@ -25,7 +27,11 @@ FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 
 
 def write_qwen_vision(
-    folder: Path, spec: QwenVisionSpec, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: QwenVisionSpec,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``.
 
@@ -34,7 +40,7 @@ def write_qwen_vision(
     [patches] (`families.qwen_vision.windows`) -> image_features float32 [rows, output_size]. Raises
     `InputRefused` when tensors are missing or of other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         _Tower(writer, spec, weights, accuracy_level).build()
         return writer.finish()
 
@@ -63,7 +69,9 @@ class _Tower:
         half = frequencies(spec.head_dim // 2, spec.rope_theta)
         table = np.kron(np.eye(2, dtype=np.float32), half)
         self.rotary = AxisRotary(writer, places, table)
-        self.first = writer.constant("rotary.first", np.zeros(1, np.int64))
+        self.first = ""
+        if writer.dialect is None:
+            self.first = writer.constant("rotary.first", np.zeros(1, np.int64))
         stream = Stream(self._embed(pixels))
         for layer in range(spec.layers):
             stream = self._block(layer, stream)
@@ -116,22 +124,16 @@ class _Tower:
         writer, size = self.writer, self.spec.hidden_size
         packed = self._biased(*self._product(f"{name}.attn.qkv", x, 3 * size, size))
         q, k, v = self._split(f"{name}.attn.parts", packed, 3)
-        q = self.rotary.turn(f"{name}.q_rotary", q, self.first)
-        k = self.rotary.turn(f"{name}.k_rotary", k, self.first)
+        q = self.rotary.turn(f"{name}.q_rotary", q, self.first, self.spec.heads)
+        k = self.rotary.turn(f"{name}.k_rotary", k, self.first, self.spec.heads)
         inputs = [q, k, v]
         if windowed:
             inputs = [
                 self._windows(f"{name}.{p}_windows", t) for p, t in zip("qkv", inputs, strict=True)
             ]
             inputs += ["", "window_lengths"]
-        scale = float(np.float32(self.spec.head_dim**-0.5))
-        attended = writer.node(
-            "MultiHeadAttention",
-            f"{name}.attention",
-            inputs,
-            domain=MICROSOFT,
-            attributes={"num_heads": self.spec.heads, "scale": scale},
-        )
+        spec = self.spec
+        attended = attention(writer, f"{name}.attention", inputs, spec.heads, spec.head_dim)
         if not windowed:
             return attended
         flat = self._reshape(f"{name}.slots", attended, [1, -1, size])

@@ -52,18 +52,25 @@ class AxisRotary:
     """
 
     def __init__(self, writer: GraphWriter, positions: str, table: NDArray[np.float32]) -> None:
-        self._writer = writer
+        self._writer, self._half = writer, table.shape[1]
         cast = {"to": TensorProto.FLOAT}
         floats = writer.node("Cast", "rotary.positions", [positions], attributes=cast)
         radians = writer.constant("rotary.frequencies", table)
-        angles = writer.node("MatMul", "rotary.angles", [floats, radians])
+        if writer.dialect is None:
+            angles = writer.node("MatMul", "rotary.angles", [floats, radians])
+        else:
+            angles = writer.dialect.angles("rotary.angles", floats, radians)
         self._cos = writer.node("Cos", "rotary.cos", [angles])
         self._sin = writer.node("Sin", "rotary.sin", [angles])
 
-    def turn(self, name: str, x: str, rows: str) -> str:
+    def turn(self, name: str, x: str, rows: str, heads: int) -> str:
         """Heads ``[batch, length, heads * head_dim]`` rotated; `rows` int64 ``[batch, length]`` says which
         row of the positions each place has (or ``[1]``: the first of consecutive ones, at batch 1).
+        A dialect has positions of the same leading axes as `x` instead, and no `rows`.
         """
+        if self._writer.dialect is not None:
+            turns, width = (self._cos, self._sin), 2 * self._half
+            return self._writer.dialect.turned(name, x, turns, heads, (width, width))
         inputs = [x, rows, self._cos, self._sin]
         return self._writer.node(
             "RotaryEmbedding",

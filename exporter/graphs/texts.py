@@ -12,6 +12,8 @@ from onnx import TensorProto
 from exporter.core.errors import InputRefused
 from exporter.families.decoder import TextDecoder
 from exporter.families.gpt2 import cross_names
+from exporter.graphs.attention import attention
+from exporter.graphs.dialect import OpenDialect, TextOps
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
@@ -20,9 +22,9 @@ LAST = np.iinfo(np.int64).max
 HEAD_MULTIPLE = 8
 
 
-def check_heads(spec: TextDecoder) -> None:
+def check_heads(spec: TextDecoder, dialect: OpenDialect | None = None) -> None:
     """Raise `InputRefused` when the attention op, without rotary, cannot do the head size."""
-    if spec.head_dim % HEAD_MULTIPLE:
+    if dialect is None and spec.head_dim % HEAD_MULTIPLE:
         raise InputRefused(
             f"config.json: heads of {spec.head_dim}; onnxruntime's GroupQueryAttention needs a multiple "
             f"of {HEAD_MULTIPLE}, this model cannot be exported for it"
@@ -42,28 +44,14 @@ class TextGraph:
         batch = "batch_size"
         shape: list[int | str] = [batch, "sequence_length", spec.hidden_size]
         self.embeds = writer.input("inputs_embeds", FLOAT, shape)
-        mask = writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
-        keep = writer.input("num_logits_to_keep", INT64, [])
+        writer.input("attention_mask", INT64, [batch, "total_sequence_length"])
+        writer.input("num_logits_to_keep", INT64, [])
         self.logits = writer.output(
             "logits", FLOAT, [batch, "kept_length", vocabulary or spec.vocab_size]
         )
-        self._one = writer.constant("one", np.array([1], np.int64))
-        self._last = writer.constant("last", np.array([LAST], np.int64))
-        self._lengths(mask)
-        # Slicing from -n keeps n positions; from -0 = 0 it keeps all.
-        kept = writer.node("Neg", "keep_from", [keep])
-        self._starts = writer.node("Reshape", "keep_starts", [kept, self._one])
-
-    def _lengths(self, mask: str) -> None:
-        # seqlens_k: index of each row's last valid key; total: length of the mask, past included.
-        writer = self._writer
-        keep = {"keepdims": 0}
-        self._valid = writer.node("ReduceSum", "valid", [mask, self._one], attributes=keep)
-        last = writer.node("Sub", "last_valid", [self._valid, self._one])
-        self._seqlens = writer.node("Cast", "seqlens_k", [last], attributes={"to": INT32})
-        shape = writer.node("Shape", "mask_length", [mask], attributes={"start": 1, "end": 2})
-        scalar = writer.node("Squeeze", "mask_scalar", [shape])
-        self._total = writer.node("Cast", "total_length", [scalar], attributes={"to": INT32})
+        self._ops: TextOps = (
+            _SharedBuffers(writer, spec) if writer.dialect is None else writer.dialect.text(spec)
+        )
 
     def places(self) -> str:
         """The place of every position in its row's text, int64 ``[batch, sequence]``.
@@ -71,16 +59,7 @@ class TextGraph:
         A prompt padded on the right has fewer valid positions than it is long and begins at 0; later
         positions are all valid and follow the past.
         """
-        writer = self._writer
-        ends = {"start": 1, "end": 2}
-        axis = writer.node("Shape", "new_length", [self.embeds], attributes=ends)
-        length = writer.node("Squeeze", "new_scalar", [axis])
-        before = writer.node("Sub", "past_or_padding", [self._valid, length])
-        zero, one = (writer.constant(f"places.{n}", np.array(n, np.int64)) for n in (0, 1))
-        first = writer.node("Max", "past_length", [before, zero])
-        column = writer.node("Unsqueeze", "past_column", [first, self._one])
-        steps = writer.node("Range", "new_places", [zero, length, one])
-        return writer.node("Add", "places", [column, steps])
+        return self._ops.places()
 
     def placed(self, table: NDArray[Any]) -> str:
         """The embeddings with the learned positions ``[max_positions, hidden]`` of their places."""
@@ -101,14 +80,67 @@ class TextGraph:
 
     def keep(self, name: str, x: str) -> str:
         """The positions of `x` whose logits are asked for."""
+        return self._ops.keep(name, x)
+
+    def attention(
+        self,
+        layer: int,
+        queries_keys_values: Sequence[str],
+        tables: Sequence[str] = (),
+        prefix: str = "",
+    ) -> str:
+        """Causal attention; one packed value stands first where it holds all three. With `tables`
+        (cosines, sines) the op turns queries and keys itself. `prefix` int64 ``[1]``, not with a packed
+        value: so many of the first positions of an empty past see each other both ways.
+        """
+        return self._ops.attention(layer, queries_keys_values, tables, prefix)
+
+
+class _SharedBuffers:
+    """`TextOps` of GroupQueryAttention, whose past and present may be one buffer."""
+
+    def __init__(self, writer: GraphWriter, spec: TextDecoder) -> None:
+        self._writer, self._spec = writer, spec
+        self._one = writer.constant("one", np.array([1], np.int64))
+        self._last = writer.constant("last", np.array([LAST], np.int64))
+        self._lengths()
+        # Slicing from -n keeps n positions; from -0 = 0 it keeps all.
+        kept = writer.node("Neg", "keep_from", ["num_logits_to_keep"])
+        self._starts = writer.node("Reshape", "keep_starts", [kept, self._one])
+
+    def _lengths(self) -> None:
+        # seqlens_k: index of each row's last valid key; total: length of the mask, past included.
+        writer, mask = self._writer, "attention_mask"
+        keep = {"keepdims": 0}
+        self._valid = writer.node("ReduceSum", "valid", [mask, self._one], attributes=keep)
+        last = writer.node("Sub", "last_valid", [self._valid, self._one])
+        self._seqlens = writer.node("Cast", "seqlens_k", [last], attributes={"to": INT32})
+        shape = writer.node("Shape", "mask_length", [mask], attributes={"start": 1, "end": 2})
+        scalar = writer.node("Squeeze", "mask_scalar", [shape])
+        self._total = writer.node("Cast", "total_length", [scalar], attributes={"to": INT32})
+
+    def places(self) -> str:
+        writer = self._writer
+        ends = {"start": 1, "end": 2}
+        axis = writer.node("Shape", "new_length", ["inputs_embeds"], attributes=ends)
+        length = writer.node("Squeeze", "new_scalar", [axis])
+        before = writer.node("Sub", "past_or_padding", [self._valid, length])
+        zero, one = (writer.constant(f"places.{n}", np.array(n, np.int64)) for n in (0, 1))
+        first = writer.node("Max", "past_length", [before, zero])
+        column = writer.node("Unsqueeze", "past_column", [first, self._one])
+        steps = writer.node("Range", "new_places", [zero, length, one])
+        return writer.node("Add", "places", [column, steps])
+
+    def keep(self, name: str, x: str) -> str:
         return self._writer.node("Slice", name, [x, self._starts, self._last, self._one])
 
     def attention(
-        self, layer: int, queries_keys_values: Sequence[str], tables: Sequence[str] = ()
+        self,
+        layer: int,
+        queries_keys_values: Sequence[str],
+        tables: Sequence[str],
+        prefix: str,
     ) -> str:
-        """Causal attention; one packed value stands first where it holds all three. With `tables`
-        (cosines, sines) the op turns queries and keys itself.
-        """
         writer, spec = self._writer, self._spec
         name, parts = f"layers.{layer}.attention", ("key", "value")
         shape: list[int | str] = [
@@ -133,4 +165,20 @@ class TextGraph:
                 "do_rotary": int(bool(tables)),
             },
         )
-        return f"{name}:0"
+        causal = f"{name}:0"
+        return self._both_ways(name, queries_keys_values, causal, prefix) if prefix else causal
+
+    def _both_ways(
+        self, name: str, queries_keys_values: Sequence[str], causal: str, prefix: str
+    ) -> str:
+        """Rows of `causal`, the first ones replaced by those of attention without a mask."""
+        writer, spec = self._writer, self._spec
+        zero = writer.constant("prefix.zero", np.array([0], np.int64))
+        first = [
+            writer.node("Slice", f"{name}.first_{part}", [rows, zero, prefix, self._one])
+            for part, rows in zip("qkv", queries_keys_values, strict=True)
+        ]
+        both = attention(writer, f"{name}.both_ways", first, spec.heads, spec.head_dim)
+        ends = [causal, prefix, self._last, self._one]
+        later = writer.node("Slice", f"{name}.later", ends)
+        return writer.node("Concat", f"{name}.joined", [both, later], attributes={"axis": 1})

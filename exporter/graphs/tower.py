@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.families.base import TowerSpec
+from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.vit import Stream, Vit
 from exporter.graphs.weights import WeightSource
@@ -46,7 +47,11 @@ def _boundaries(patches: int) -> NDArray[np.float32]:
 
 
 def write_tower(
-    folder: Path, spec: TowerSpec, weights: WeightSource, accuracy_level: int
+    folder: Path,
+    spec: TowerSpec,
+    weights: WeightSource,
+    accuracy_level: int,
+    dialect: OpenDialect | None = None,
 ) -> WrittenGraph:
     """Write ``vision_encoder.onnx``.
 
@@ -54,7 +59,7 @@ def write_tower(
     [batch * tiles, tokens, output_size]. Raises `InputRefused` when tensors are missing or of
     other shapes.
     """
-    with GraphWriter(folder, NAME) as writer:
+    with GraphWriter(folder, NAME, dialect=dialect) as writer:
         build_tower(Vit(writer, spec, weights, accuracy_level), spec)
         return writer.finish()
 

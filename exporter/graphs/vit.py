@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.families.base import VitSpec
+from exporter.graphs.attention import attention
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.matrices import Matrix
 from exporter.graphs.weights import WeightSource
@@ -158,17 +159,8 @@ class Vit:
 
     def attend(self, name: str, values: list[str], bias: str) -> str:
         """Attention of queries, keys and values ``[tiles, rows, hidden]`` plus their parts of `bias`."""
-        # Without a mask onnxruntime's CPU kernel works in blocks: no patches x patches matrix.
-        return self.writer.node(
-            "MultiHeadAttention",
-            f"{name}.attention",
-            [*values, bias],
-            domain=MICROSOFT,
-            attributes={
-                "num_heads": self.spec.heads,
-                "scale": float(np.float32((self.spec.hidden_size // self.spec.heads) ** -0.5)),
-            },
-        )
+        heads, width = self.spec.heads, self.spec.hidden_size // self.spec.heads
+        return attention(self.writer, f"{name}.attention", [*values, bias], heads, width)
 
     def _mlp(self, name: str, at: str, x: str) -> tuple[str, str]:
         hidden, inner = self.spec.hidden_size, self.spec.intermediate_size

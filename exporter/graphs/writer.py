@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from exporter.graphs.dialect import Attributes, Dialect, OpenDialect
+
 OPSET = 21
 # IR version of ONNX 1.16, the first with opset 21; newer ones are refused by older runtimes.
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+# Operators that onnxruntime registers in the standard domain, though ai.onnx has none of the name.
+HIDDEN_CONTRIB = frozenset({"SimplifiedLayerNormalization"})
 # Graphs with more weight bytes than this keep them in a file of their own (protobuf ends at 2 GB).
 INLINE_LIMIT = 64 << 20
 # Page size: lets a runtime map each weight without copying it.
@@ -24,7 +28,6 @@ SMALL = 1024
 DATA_SUFFIX = ".onnx_data"
 
 Shape = Sequence[int | str]
-Attributes = Mapping[str, int | float | str | Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ class GraphWriter:
     """Collects nodes in order and writes `folder/<name>.onnx` (+ `<name>.onnx_data`).
 
     The bytes depend only on the calls made: names, order and values. Use as a context manager:
-    when the block fails, the data file is removed. `contrib`: whether onnxruntime's own operators
-    may occur.
+    when the block fails, the data file is removed. `dialect`: what says onnxruntime's own operators
+    in those of ai.onnx; without one they are written as they are.
     """
 
-    def __init__(self, folder: Path, name: str, *, contrib: bool = True) -> None:
+    def __init__(self, folder: Path, name: str, *, dialect: OpenDialect | None = None) -> None:
         self.name = name
-        self._domains = {"": OPSET, MICROSOFT: 1} if contrib else {"": OPSET}
+        self.dialect: Dialect | None = None if dialect is None else dialect(self)
+        self._domains = {"": OPSET, MICROSOFT: 1} if dialect is None else {"": OPSET}
         self._folder = folder
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, TensorProto] = {}
@@ -88,15 +92,25 @@ class GraphWriter:
     ) -> str:
         """Append a node; its outputs are `outputs`, by default one named ``<name>:0``. Returns the first."""
         names = [f"{name}:0"] if outputs is None else list(outputs)
+        if self.dialect is not None and (domain == MICROSOFT or op in HIDDEN_CONTRIB):
+            self.dialect.lowered(op, name, inputs, names, attributes or {})
+            return names[0]
         made = helper.make_node(op, list(inputs), names, name=name, domain=domain)
         for key, value in sorted((attributes or {}).items()):
             made.attribute.append(helper.make_attribute(key, value))
         self._nodes.append(made)
         return names[0]
 
+    def shape(self, name: str) -> Shape | None:
+        """Shape of a declared graph input, None for any other value."""
+        for known in self._inputs:
+            if known.name == name:
+                return [d.dim_param or d.dim_value for d in known.type.tensor_type.shape.dim]
+        return None
+
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """A small tensor inside the graph. Asking again for the same name needs the same values."""
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
+        tensor = onnx.numpy_helper.from_array(np.asarray(values, order="C"), name)
         known = self._constants.setdefault(name, tensor)
         if known != tensor:
             raise ValueError(f"constant '{name}' is declared twice with different values")

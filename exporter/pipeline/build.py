@@ -53,12 +53,17 @@ class BuildResult:
         from exporter.compare.candidates import NOISE_FLOOR
         from exporter.compare.gate import enforce
 
+        found = self.comparison or self.tasks
+        if found is None or not found.gates:
+            return
+        name = self.manifest.scheme
+        known = {gate.candidate for gate in found.gates}
+        # What quantizes nothing is judged as the reference against itself.
+        name = name if name in known else NOISE_FLOOR
         if self.tasks:
-            self.tasks.enforce(self.manifest.scheme)
-        if self.comparison and self.comparison.gates:
-            name = self.manifest.scheme
-            known = {g.candidate for g in self.comparison.gates}
-            enforce(self.comparison.gate(name if name in known else NOISE_FLOOR), smoke=self.smoke)
+            self.tasks.enforce(name, smoke=self.smoke)
+        elif self.comparison:
+            enforce(self.comparison.gate(name), smoke=self.smoke)
 
     def to_json(self) -> dict[str, Any]:
         """For `medexport build --json`."""

@@ -8,17 +8,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from exporter.core.errors import EnvironmentLacks
 from exporter.pipeline.machine import find_gpu, usable_memory
 from exporter.pipeline.targets import cpu_flags, this_machine
 from exporter.pipeline.tools import tool_versions
+from exporter.runtimes.ort_cuda import require_working
+from exporter.runtimes.providers import BESIDE, CUDA, both_installed
 from exporter.runtimes.threads import usable_cores
+from exporter.runtimes.trt_api import available
 
 # Modules that an extra of pyproject.toml brings, and what they are for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "build": (("torch", "transformers", "peft", "onnx"), "merge, export, parity, compare"),
     "sign": (("cryptography",), "keygen, signing and checking signatures"),
-    "gpu": (("onnxruntime",), "onnxruntime with CUDA (replaces the CPU package)"),
-    "tensorrt": (("tensorrt", "polygraphy"), "TensorRT engines; not run on hardware so far"),
+    "gpu": (
+        ("onnxruntime",),
+        "onnxruntime with CUDA (replaces the CPU package); not run on hardware so far",
+    ),
+    "tensorrt": (("tensorrt",), "TensorRT engines; not run on hardware so far"),
     "dicom": (("pydicom",), "DICOM images"),
     "metrics": (
         ("medcat",),
@@ -44,6 +51,7 @@ def examine() -> dict[str, Any]:
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
         "onnxruntime providers": ", ".join(providers),
         "GPU": _gpu(providers),
+        "TensorRT": _tensorrt(),
     }
     return {
         "machine": machine,
@@ -55,13 +63,34 @@ def examine() -> dict[str, Any]:
 
 def _extra(name: str, modules: tuple[str, ...], adds: str, providers: list[str]) -> dict[str, Any]:
     missing = [m for m in modules if find_spec(m) is None]
-    if name == "gpu" and "CUDAExecutionProvider" not in providers:
+    if name == "gpu" and CUDA not in providers:
         missing = ["onnxruntime-gpu"]
+    if name == "gpu" and find_spec("pynvml") is None:
+        missing.append("nvidia-ml-py")
     return {"extra": name, "missing": missing, "adds": adds}
 
 
 def _gpu(providers: list[str]) -> str:
     gpu = find_gpu()
     name = f"{gpu.name}, {gpu.memory / 1e9:.1f} GB" if gpu else "none by the driver"
-    usable = "CUDA provider present" if "CUDAExecutionProvider" in providers else "none usable"
+    usable = _provider() if CUDA in providers else BESIDE if both_installed() else "none usable"
     return f"{name}; {usable}"
+
+
+def _provider() -> str:
+    """Whether the CUDA provider can be used, which being listed does not say."""
+    import onnxruntime
+
+    try:
+        require_working(onnxruntime)
+    except EnvironmentLacks as error:
+        return str(error)
+    return "CUDA provider works"
+
+
+def _tensorrt() -> str:
+    try:
+        found = available() or "not installed"
+    except EnvironmentLacks as error:  # installed, but it cannot be used
+        found = str(error)
+    return f"{found}; engines: not run on hardware so far"

@@ -12,7 +12,7 @@ from exporter.catalog.schema import ModelProfile, TargetProfile
 from exporter.catalog.shape_parts import ModelShape
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
-from exporter.families.published import modern_config
+from exporter.families.published import folder_config
 from exporter.pipeline.fit import Fit, Recommendation, clock, predict, recommend, refuse_unfit
 from exporter.pipeline.fit_speed import LIKELY, Speed
 from exporter.pipeline.resolve import Resolved, folder_profile, is_model_folder, scheme_named
@@ -186,7 +186,7 @@ def check_fit(found: Resolved, scheme: Scheme, target: TargetProfile, *, here: b
 def _folder_shape(profile: ModelProfile, folder: Path) -> ModelShape:
     image = folder / "preprocessor_config.json"
     preprocessor = read_config(image) if image.is_file() else {}
-    config = modern_config(read_config(folder / "config.json"))
+    config = folder_config(folder)
     return shape_of_config(profile.title, profile.family, config, preprocessor, profile.max_pixels)
 
 

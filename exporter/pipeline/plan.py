@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.adapters.base import open_newest
-from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
+from exporter.families.published import folder_config
 from exporter.pipeline.budget import read_budget
 from exporter.pipeline.forecast import Forecast, forecast
 from exporter.pipeline.resolve import Resolved, resolve
@@ -94,7 +94,7 @@ def make_plan(
     found = resolve(model, weights, adapters, offline=offline)
     chosen = find_scheme(found.scheme_name(scheme))
     budget = read_budget(max_size, max_kl, mixed=bool(chosen.choices))
-    config = read_config(found.base.path / "config.json")
+    config = folder_config(found.base.path)
     layers = plan_model(open_newest(found.base.path), config, chosen)
     expected = forecast(found.base.path, chosen, budget) if chosen.choices else None
     return BuildPlan(found, chosen, machine.name, layers, expected)

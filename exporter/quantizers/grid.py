@@ -4,7 +4,7 @@ Plain rounding spreads the codes over a block's whole range (as onnxruntime's qu
 outlier then coarsens all others. The search shrinks both ends of the range over a grid, keeps the
 pair with the least squared error, and refits the scale to the codes by least squares. Symmetric
 blocks may get a negative scale, which puts the one code that only one side has (-8 of 4 bits) on the
-side of the larger values. Scales are rounded to float16, the stored type, before an error is taken,
+side of the larger values; a format with positive scales alone forgoes that. Scales are rounded to float16, the stored type, before an error is taken,
 so that what is minimised is the error of what a runtime will compute.
 """
 
@@ -207,17 +207,22 @@ def _search_ends(
 def _search_signs(
     data: Blocks, fmt: BlockFormat, grid: Grid, error: Array, bottom: Array, top: Array
 ) -> tuple[Grid, Array]:
-    """Scales of both signs, of the whole range and shrunk.
+    """Scales of the whole range and shrunk, of both signs unless `fmt` wants positive ones.
 
-    The whole one with the least code on the larger side is onnxruntime's own grid.
+    The whole one with the least code on the larger side is onnxruntime's own grid. Among positive
+    scales it may not be had, so that the one that ends with the greatest code is tried too.
     """
     unit = np.maximum(-bottom, top) / np.float32(fmt.middle)
-    for shrink in (1.0, *SHRINKS):
-        for sign in (1, -1):
-            tried = _around_zero(np.asarray(unit * np.float32(sign * shrink), np.float32), fmt)
-            found = data.error(tried)
-            better = found < error
-            grid, error = tried.chosen(better, grid), np.where(better, found, error)
+    fractions = [1.0, *SHRINKS]
+    if fmt.positive:
+        fractions.insert(0, fmt.middle / (fmt.middle - 1))
+    else:
+        fractions = [f * sign for f in fractions for sign in (1, -1)]
+    for fraction in fractions:
+        tried = _around_zero(np.asarray(unit * np.float32(fraction), np.float32), fmt)
+        found = data.error(tried)
+        better = found < error
+        grid, error = tried.chosen(better, grid), np.where(better, found, error)
     return grid, error
 
 

@@ -46,10 +46,10 @@ def guard(
     """Look a matrix over; `squares` ``[K]`` is each channel's mean (or summed) square.
 
     Raises `MedexportError` naming `name` when a scale is NaN, infinite, or negative where the
-    format has zero points (a symmetric block may be mirrored).
+    format has zero points or wants positive scales (another symmetric block may be mirrored).
     """
-    scales = packed.scales
-    right = np.isfinite(scales) & ((scales >= 0) | packed.format.symmetric)
+    scales, form = packed.scales, packed.format
+    right = np.isfinite(scales) & ((scales >= 0) | (form.symmetric and not form.positive))
     bad = int(np.count_nonzero(~right))
     if bad:
         raise MedexportError(

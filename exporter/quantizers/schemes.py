@@ -17,7 +17,7 @@ Method = Literal[
 DIALECTS = ("ort", "standard")
 # What may stand behind a row's name: another form of its 4-bit blocks.
 GROUP_SIZES = (32, 64, 128)
-SUFFIX = re.compile(r"-(?:g(?P<group>\d+)|(?P<sign>sym|asym))$", re.ASCII)
+SUFFIX = re.compile(r"-(?:g(?P<group>\d+)|(?P<sign>sym|asym|pos))$", re.ASCII)
 # Methods that need the inputs of each layer; a scheme uses them on the decoder's linear layers, but
 # "smoothquant" on those of the vision part.
 CALIBRATED: frozenset[Method] = frozenset({"gptq", "awq", "awq+gptq", "smoothquant"})
@@ -54,6 +54,21 @@ class Scheme:
     def quantizes(self) -> bool:
         """Whether any part is stored in fewer than 16 bits."""
         return any((self.decoder, self.head, self.embedding, self.vision))
+
+    @property
+    def formats(self) -> dict[str, BlockFormat | None]:
+        """The format of each part, by its name in messages."""
+        return {
+            "decoder": self.decoder,
+            "head": self.head,
+            "embedding": self.embedding,
+            "vision part": self.vision,
+        }
+
+    @property
+    def positive(self) -> bool:
+        """Whether 4-bit blocks are searched over positive scales alone."""
+        return any(fmt.positive for fmt in self.formats.values() if fmt)
 
     def method_for(self, fmt: BlockFormat, *, inputs: bool) -> Method:
         """How a matrix of that format is quantized; `inputs`: calibration sees its inputs."""
@@ -144,29 +159,45 @@ def find_scheme(name: str) -> Scheme:
     """The scheme called `name`: a row of `SCHEMES`, or a row's name with another form of its 4-bit
     blocks behind it, as in ``int4-gptq-g32-sym``.
 
-    A form that is the row's own leaves no trace in the name. Raises `WrongUsage` with the nearest
+    ``-sym`` stands for symmetric blocks, ``-pos`` for those with positive scales alone, ``-asym`` for
+    zero points. A form that is the row's own leaves no trace in the name. Raises `WrongUsage` with the nearest
     names when there is no such row, and when the row has no 4-bit blocks of ours.
     """
-    base, group, symmetric = _split_name(name)
+    base, group, sign = _split_name(name)
     if base not in SCHEMES:
         near = difflib.get_close_matches(base.lower(), SCHEMES, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(SCHEMES)}."
         raise WrongUsage(f"no scheme '{name}'; {hint} `medexport schemes` lists all")
     row = SCHEMES[base]
-    return row if group is symmetric is None else _reshaped(row, group, symmetric)
+    return row if group is None and sign is None else _reshaped(row, group, sign)
 
 
 def variant_name(name: str, group_size: int | None, symmetric: bool | None) -> str:
     """The name that asks `find_scheme` for the scheme `name` with these 4-bit blocks (None: as is)."""
     base, group, sign = _split_name(name)
-    return _joined(
-        base, group_size if group_size else group, sign if symmetric is None else symmetric
-    )
+    if symmetric is not None:
+        sign = "sym" if symmetric else "asym"
+    return _joined(base, group_size if group_size else group, sign)
 
 
 def base_name(name: str) -> str:
     """A scheme's name without the form of its 4-bit blocks."""
     return _split_name(name)[0]
+
+
+def for_dialect(scheme: Scheme, dialect: str) -> Scheme:
+    """`scheme` as graphs of `dialect` can hold it.
+
+    For `standard`, symmetric 4-bit blocks get positive scales alone, which its name then says
+    (``int4-gptq-sym`` becomes ``int4-gptq-pos``). Asymmetric blocks stay what the user has to decide:
+    raises `WrongUsage` as `refuse_for_dialect` does.
+    """
+    refuse_for_dialect(scheme, dialect)
+    own = scheme.method not in BNB and any(f and f.bits == 4 for f in scheme.formats.values())
+    if dialect != "standard" or not own:
+        return scheme
+    base, group, _ = _split_name(scheme.name)
+    return find_scheme(_joined(base, group, "pos"))
 
 
 def refuse_for_dialect(scheme: Scheme, dialect: str) -> None:
@@ -188,13 +219,7 @@ def refuse_for_dialect(scheme: Scheme, dialect: str) -> None:
             f"scheme {scheme.name} codes inputs around a zero point, which the standard dialect does "
             "not have: use int8, or --dialect ort"
         )
-    parts = {
-        "decoder": scheme.decoder,
-        "head": scheme.head,
-        "embedding": scheme.embedding,
-        "vision part": scheme.vision,
-    }
-    asymmetric = [name for name, fmt in parts.items() if fmt and not fmt.symmetric]
+    asymmetric = [name for name, fmt in scheme.formats.items() if fmt and not fmt.symmetric]
     if asymmetric:
         raise WrongUsage(
             f"scheme {scheme.name} stores asymmetric blocks ({', '.join(asymmetric)}); the standard "
@@ -202,32 +227,36 @@ def refuse_for_dialect(scheme: Scheme, dialect: str) -> None:
         )
 
 
-def _split_name(name: str) -> tuple[str, int | None, bool | None]:
-    """A row's name, and what the suffixes behind it say of block and symmetry; the last one counts."""
+def _split_name(name: str) -> tuple[str, int | None, str | None]:
+    """A row's name, and what the suffixes behind it say of block and sign; the last one counts."""
     group: int | None = None
-    symmetric: bool | None = None
+    sign: str | None = None
     while name not in SCHEMES and (found := SUFFIX.search(name)):
         name = name[: found.start()]
         if found["group"] and group is None:
             group = int(found["group"])
-        if found["sign"] and symmetric is None:
-            symmetric = found["sign"] == "sym"
-    return name, group, symmetric
+        if found["sign"] and sign is None:
+            sign = found["sign"]
+    return name, group, sign
 
 
-def _joined(base: str, group: int | None, symmetric: bool | None) -> str:
-    sign = "" if symmetric is None else "-sym" if symmetric else "-asym"
-    return base + (f"-g{group}" if group else "") + sign
+def _joined(base: str, group: int | None, sign: str | None) -> str:
+    return base + (f"-g{group}" if group else "") + (f"-{sign}" if sign else "")
 
 
-def _reshaped(row: Scheme, group: int | None, symmetric: bool | None) -> Scheme:
-    """`row` with its 4-bit blocks of `group` values and of that symmetry, named for what differs."""
+def _sign(fmt: BlockFormat) -> str:
+    """The suffix for the form of these blocks."""
+    return "pos" if fmt.positive else "sym" if fmt.symmetric else "asym"
+
+
+def _reshaped(row: Scheme, group: int | None, sign: str | None) -> Scheme:
+    """`row` with its 4-bit blocks of `group` values and of that sign, named for what differs."""
     if group not in (None, *GROUP_SIZES):
         raise WrongUsage(
             f"blocks of {group} values; expected {', '.join(map(str, GROUP_SIZES[:-1]))} or "
             f"{GROUP_SIZES[-1]}"
         )
-    own = {f for f in (row.decoder, row.head, row.embedding, row.vision) if f and f.bits == 4}
+    own = {f for f in row.formats.values() if f and f.bits == 4}
     if not own or row.method in BNB:
         raise WrongUsage(
             f"scheme {row.name} has no 4-bit blocks of ours; --group-size and --symmetric are about these: "
@@ -237,15 +266,15 @@ def _reshaped(row: Scheme, group: int | None, symmetric: bool | None) -> Scheme:
     def changed(fmt: BlockFormat | None) -> BlockFormat | None:
         if fmt is None or fmt.bits != 4:
             return fmt
-        sign = fmt.symmetric if symmetric is None else symmetric
-        return BlockFormat(4, group or fmt.block, sign)
+        wanted = sign or _sign(fmt)
+        return BlockFormat(4, group or fmt.block, wanted != "asym", positive=wanted == "pos")
 
     if all(changed(fmt) == fmt for fmt in own):
         return row
     name = _joined(
         row.name,
         group if {f.block for f in own} != {group} else None,
-        symmetric if {f.symmetric for f in own} != {symmetric} else None,
+        sign if {_sign(f) for f in own} != {sign} else None,
     )
     return replace(
         row,

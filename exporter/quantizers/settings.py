@@ -26,4 +26,5 @@ def method_settings(scheme: Scheme) -> dict[str, Any]:
     used = set(scheme.method.split("+"))
     if used & {"gptq", "awq"}:
         used.add("rtn-mse")  # what calibration does not see
-    return {name: values for name, values in known.items() if name in used}
+    settings = {name: values for name, values in known.items() if name in used}
+    return {**settings, "scales": {"positive": True}} if scheme.positive else settings

@@ -17,6 +17,7 @@ import torch
 
 from exporter.families.base import PromptInputs
 from tests.support.tiny import write_tiny_model
+from tests.support.tiny_blip2 import write_tiny_blip2, write_tiny_xraygpt
 from tests.support.tiny_cnn import write_tiny_cnn
 from tests.support.tiny_idefics import write_tiny_idefics
 from tests.support.tiny_llava import write_tiny_llava, write_tiny_llava_med
@@ -173,6 +174,16 @@ CASES = (
     FamilyCase(
         "llava-med", write_tiny_llava_med, _images, {1: (70, 50)}, ALL, 8, KL, torch_base=False
     ),
+    FamilyCase(
+        "blip2-opt",
+        write_tiny_blip2,
+        _images,
+        {1: (70, 50)},
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        8,
+        KL,
+    ),
+    FamilyCase("xraygpt", write_tiny_xraygpt, _images, {1: (70, 50)}, ALL, 8, KL, torch_base=False),
     FamilyCase("qwen2_vl", _qwen("qwen2_vl"), _patches, PATCHES, ALL, 4, QWEN_KL),
     FamilyCase("qwen2_5_vl", _qwen("qwen2_5_vl"), _patches, PATCHES, ALL, 2, QWEN_KL),
     FamilyCase(

@@ -64,7 +64,10 @@ def signed_blocks(name: str, matrix: PackedMatrix) -> SignedBlocks:
             "cannot hold; quantize it with int8, or export with --dialect ort"
         )
     if bits == 4 and codes.max(initial=0) >= form.middle:
-        bits, widened = 8, "negative block scales, which TensorRT does not take"
+        bits, widened = (
+            8,
+            "negative block scales, which TensorRT does not take; a -pos scheme has none",
+        )
     elif bits == 4 and form.block < INT4_BLOCKS[0]:
         bits, widened = 8, f"4-bit blocks of {form.block}; TensorRT takes 64 and 128"
     elif bits == 4 and matrix.rows % 2:
@@ -77,10 +80,13 @@ def signed_blocks(name: str, matrix: PackedMatrix) -> SignedBlocks:
 
 
 class Weights:
-    """Writes matrices into one graph; `widened` collects which were stored wider, and why."""
+    """Writes matrices into one graph; `widened` collects which were stored wider, and why.
 
-    def __init__(self, writer: GraphWriter) -> None:
-        self.writer = writer
+    `half`: blocks become float16 and float32 behind that, so that an engine can stay in float16.
+    """
+
+    def __init__(self, writer: GraphWriter, *, half: bool = False) -> None:
+        self.writer, self._half = writer, half
         self.widened: dict[str, str] = {}
 
     def product(self, name: str, x: str, matrix: Matrix, *, output: str | None = None) -> str:
@@ -108,20 +114,25 @@ class Weights:
             codes, scales = np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T)
         dtype = TensorProto.INT4 if blocks.bits == 4 else TensorProto.INT8
         data = _nibbles(codes) if blocks.bits == 4 else codes.view(np.uint8)
+        if self._half:
+            scales = scales.astype(np.float16)  # exact: they come from float16
         inputs = [
             self.writer.packed(f"{name}.codes", dtype, codes.shape, data),
             self.writer.weight(f"{name}.scales", scales),
         ]
         attributes = {"axis": axis, "block_size": blocks.block}
         made = self.writer.node("DequantizeLinear", f"{name}/float", inputs, attributes=attributes)
-        if codes.shape[axis] == blocks.columns:
+        if codes.shape[axis] != blocks.columns:
+            # Rows were padded to whole blocks; ends that are constants are folded when a graph is built.
+            ends = self.writer.constant(f"{name}/columns", np.array([blocks.columns], np.int64))
+            zero, where = (
+                self.writer.constant(f"index/{n}", np.array([n], np.int64)) for n in (0, axis)
+            )
+            made = self.writer.node("Slice", f"{name}/unpadded", [made, zero, ends, where])
+        if not self._half:
             return made
-        # Rows were padded to whole blocks; ends that are constants are folded when a graph is built.
-        ends = self.writer.constant(f"{name}/columns", np.array([blocks.columns], np.int64))
-        zero, where = (
-            self.writer.constant(f"index/{n}", np.array([n], np.int64)) for n in (0, axis)
-        )
-        return self.writer.node("Slice", f"{name}/unpadded", [made, zero, ends, where])
+        kind = {"to": TensorProto.FLOAT}
+        return self.writer.node("Cast", f"{name}/cast", [made], attributes=kind)
 
 
 def _nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporter.graphs.writer import GraphWriter
 
@@ -40,23 +39,23 @@ class Ops:
         last = self.whole(np.iinfo(np.int64).max)
         return self.writer.node("Slice", name, [x, start, last, self.whole(axis)])
 
-    def rms_norm(self, name: str, x: str, gamma: NDArray[np.float32], epsilon: float) -> str:
-        """RMS norm over the last axis (arXiv 1910.07467)."""
+    def rms_norm(self, name: str, x: str, gamma: str, epsilon: float, *, output: str) -> str:
+        """RMS norm over the last axis (arXiv 1910.07467), named `output`."""
         node = self.writer.node
         square = node("Mul", f"{name}/square", [x, x])
         mean = node("ReduceMean", f"{name}/mean", [square, self.whole(-1)])
         above = node("Add", f"{name}/above", [mean, self.number(epsilon)])
         root = node("Sqrt", f"{name}/root", [above])
         normed = node("Div", f"{name}/normed", [x, root])
-        return node("Mul", name, [normed, self.writer.weight(f"{name}.weight", gamma)])
+        return node("Mul", name, [normed, gamma], outputs=[output])
 
-    def swish(self, name: str, x: str, alpha: float = 1.0) -> str:
-        """``x * sigmoid(alpha * x)``: SiLU for 1."""
+    def swish(self, name: str, x: str, alpha: float, *, output: str) -> str:
+        """``x * sigmoid(alpha * x)``, named `output`: SiLU for 1."""
         inner = x
         if alpha != 1.0:
             inner = self.writer.node("Mul", f"{name}/inner", [x, self.number(alpha)])
         gate = self.writer.node("Sigmoid", f"{name}/gate", [inner])
-        return self.writer.node("Mul", name, [x, gate])
+        return self.writer.node("Mul", name, [x, gate], outputs=[output])
 
     def heads(self, name: str, x: str, count: int, width: int) -> str:
         """``[batch, length, count * width]`` as ``[batch, count, length, width]``."""

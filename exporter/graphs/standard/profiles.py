@@ -22,21 +22,9 @@ TEXT = 256
 # Height and width of images at which families cut into most tiles: square, wide, tall, small.
 PROBES = ((1536, 1536), (512, 1536), (1536, 512), (512, 2048), (2048, 512), (32, 32))
 KEPT = "num_logits_to_keep"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Greatest sizes: texts at once, tiles and feature rows of an image, prompt and context in places.
-
-    `likely_prompt` is the length that an engine is tuned for.
-    """
-
-    batch: int
-    tiles: int
-    rows: int
-    prompt: int
-    likely_prompt: int
-    context: int
+PREFIX = "prefix_length"
+# Counts of things of one size, of which there may be any number from one on.
+COUNTS = ("tiles", "rows", "images")
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,23 @@ class Range:
     least: int
     likely: int
     greatest: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Greatest sizes: texts at once, prompt and context in places.
+
+    `likely_prompt` is the length that an engine is tuned for; `prefix`: positions that see each other;
+    `axes`: the axes of images by their names in the graphs, for one image of up to 1536 x 1536 or
+    2048 x 512 pixels in a prompt.
+    """
+
+    batch: int
+    prompt: int
+    likely_prompt: int
+    context: int
+    prefix: int
+    axes: Mapping[str, Range]
 
 
 @dataclass(frozen=True)
@@ -62,30 +67,40 @@ GraphProfiles = dict[str, dict[str, InputProfile]]
 InputShapes = Mapping[str, Sequence[int | str]]
 
 
-def measured_limits(preparer: Preparer, prompt: str, *, batch: int = 1) -> Limits:
+def measured_limits(
+    preparer: Preparer, prompt: str, vision: InputShapes, *, batch: int = 1
+) -> Limits:
     """Limits of a model as its own preparer cuts images of several forms behind `prompt`.
 
-    Raises `InputRefused` when not even one image and the prompt fit the context.
+    `vision`: the inputs of the vision graph, whose named axes are measured. Raises `InputRefused` when not even one image and the prompt fit the context.
     """
-    tiles, rows, lengths = [1], [1], []
+    sizes: dict[str, list[int]] = {}
+    lengths, prefix = [], 0
     for height, width in PROBES:
         inputs = preparer.prepare([Image.new("RGB", (width, height), (90, 90, 90))], prompt)
         for feed in inputs.vision:
-            tiles.append(int(feed["pixel_values"].shape[1]))
-            if "feature_index" in feed:
-                rows.append(len(feed["feature_index"]))
+            for name, shape in vision.items():
+                for axis, size in zip(shape, feed[name].shape, strict=True):
+                    if isinstance(axis, str) and axis != "batch_size":
+                        sizes.setdefault(axis, []).append(size)
+        if inputs.image_mask is not None:
+            sizes.setdefault("images", []).append(inputs.image_mask.shape[1])
         lengths.append(len(inputs.input_ids))
+        prefix = max(prefix, inputs.prefix_length)
     context, longest = preparer.generation.max_positions, max(lengths)
     if min(lengths) >= context:
         raise InputRefused(f"an image with its prompt takes {min(lengths)} of {context} positions")
     longest = min(longest, context - 1)
     return Limits(
         batch=batch,
-        tiles=max(tiles),
-        rows=max(rows),
         prompt=min(longest + TEXT, context),
         likely_prompt=longest,
         context=context,
+        prefix=prefix,
+        axes={
+            axis: Range(1 if axis in COUNTS else min(seen), max(seen), max(seen))
+            for axis, seen in sorted(sizes.items())
+        },
     )
 
 
@@ -97,13 +112,8 @@ def graph_profiles(name: str, inputs: InputShapes, limits: Limits) -> GraphProfi
     batch = Range(1, 1, limits.batch)
     if "past_key_values.0.key" not in inputs:
         sequence = Range(1, 1, limits.prompt)
-        axes = {
-            "batch_size": batch,
-            "tiles": Range(1, limits.tiles, limits.tiles),
-            "rows": Range(1, limits.rows, limits.rows),
-            "sequence_length": sequence,
-        }
-        return {name: _profile(inputs, axes)}
+        axes = {**limits.axes, "batch_size": batch, "sequence_length": sequence}
+        return {name: _profile(inputs, axes, 0)}
     prompt = Range(1, limits.likely_prompt, limits.prompt)
     last = limits.context - 1
     past = Range(1, min(limits.likely_prompt, last), last)
@@ -116,30 +126,37 @@ def graph_profiles(name: str, inputs: InputShapes, limits: Limits) -> GraphProfi
         use: _profile(
             inputs,
             {
+                **limits.axes,
                 "batch_size": batch,
                 "sequence_length": sequence,
                 "past_sequence_length": behind,
                 "total_sequence_length": both,
             },
+            limits.prefix if use == "prefill" else 0,
         )
         for use, (sequence, behind, both) in uses.items()
     }
 
 
-def read_inputs(path: Path) -> dict[str, list[int | str]]:
-    """Inputs of the graph file `path` with their shapes; axis names where a size is not fixed."""
+def read_shapes(path: Path) -> tuple[dict[str, list[int | str]], dict[str, list[int | str]]]:
+    """Inputs and outputs of the graph file `path`; axis names where a size is not fixed."""
     graph = onnx.load_model(path, load_external_data=False).graph
-    return {
-        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
-        for i in graph.input
+    inputs, outputs = (
+        {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+        for values in (graph.input, graph.output)
+    )
+    return inputs, outputs
+
+
+def _profile(
+    inputs: InputShapes, axes: Mapping[str, Range], prefix: int
+) -> dict[str, InputProfile]:
+    values = {
+        KEPT: InputProfile((1,), (1,), (axes["sequence_length"].greatest,), values=True),
+        PREFIX: InputProfile((0,), (prefix,), (prefix,), values=True),
     }
-
-
-def _profile(inputs: InputShapes, axes: Mapping[str, Range]) -> dict[str, InputProfile]:
     return {
-        name: InputProfile((1,), (1,), (axes["sequence_length"].greatest,), values=True)
-        if name == KEPT
-        else _shapes(name, shape, axes)
+        name: values[name] if name in values else _shapes(name, shape, axes)
         for name, shape in inputs.items()
     }
 

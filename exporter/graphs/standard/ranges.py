@@ -1,8 +1,7 @@
 """Which values of a graph float16 could not hold, found by running it on given inputs.
 
-The standard graphs compute in float32. Somebody who builds an engine in float16 has to leave the layers
-in float32 whose values exceed its range: these, on inputs like the model's own. It says nothing about
-inputs that were not run.
+Layers whose values exceed its range have to stay in float32: these, on inputs like the model's own. It
+says nothing about inputs that were not run.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from exporter.core.errors import InputRefused
@@ -33,16 +34,19 @@ class WideValue:
     reason: str
 
 
-def beyond_float16(path: Path, feeds: Iterable[Feed]) -> tuple[WideValue, ...]:
+def beyond_float16(
+    path: Path, feeds: Iterable[Feed], *, kind: int = TensorProto.FLOAT
+) -> tuple[WideValue, ...]:
     """Nodes of the graph file `path` with a value beyond 65504 on any of `feeds`, in graph order.
 
+    `kind`: the type of the values that are looked at, FLOAT or FLOAT16 (which must not reach infinity).
     What masks add is left out: an engine replaces it. Raises `InputRefused` when the file is no graph
     or does not run on the inputs.
     """
     if not path.is_file():
         raise InputRefused(f"{path}: no such file; expected an exported graph")
     model = onnx.load_model(path, load_external_data=False)
-    watched = _watch(model)
+    watched = _watch(model, kind)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     # Nodes are watched as they stand: fused ones have other values between them.
@@ -54,7 +58,7 @@ def beyond_float16(path: Path, feeds: Iterable[Feed]) -> tuple[WideValue, ...]:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         for feed in feeds:
-            found = session.run([_largest(v) for v in watched], dict(feed))
+            found = session.run([_largest(v) for v in watched], typed(session, feed))
             for value, number in zip(watched, found, strict=True):
                 largest[value] = float(np.fmax(largest[value], number))
     except Exception as error:  # onnxruntime's errors have no common base class
@@ -71,8 +75,14 @@ def beyond_float16(path: Path, feeds: Iterable[Feed]) -> tuple[WideValue, ...]:
     )
 
 
-def _watch(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Add to the graph the largest magnitude of each float32 value that depends on an input."""
+def typed(session: ort.InferenceSession, feed: Feed) -> dict[str, NDArray[Any]]:
+    """`feed` with float16 where the graph takes it."""
+    halves = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
+    return {n: a.astype(np.float16) if n in halves else a for n, a in feed.items()}
+
+
+def _watch(model: onnx.ModelProto, kind: int) -> dict[str, onnx.NodeProto]:
+    """Add to the graph the largest magnitude of each value of that type that depends on an input."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
     moving = {i.name for i in graph.input}
@@ -82,12 +92,12 @@ def _watch(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
             continue
         moving.update(node.output)
         if node.name != "mask" and not node.name.endswith("/masked"):
-            watched.update({o: node for o in node.output if kinds.get(o) == TensorProto.FLOAT})
+            watched.update({o: node for o in node.output if kinds.get(o) == kind})
     for value in watched:
         size, out = f"watch/{value}/size", _largest(value)
         model.graph.node.append(helper.make_node("Abs", [value], [size], name=size))
         model.graph.node.append(helper.make_node("ReduceMax", [size], [out], name=out, keepdims=0))
-        model.graph.output.append(helper.make_tensor_value_info(out, TensorProto.FLOAT, []))
+        model.graph.output.append(helper.make_tensor_value_info(out, kind, []))
     return watched
 
 

@@ -17,10 +17,11 @@ from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.graphs.check import check_graphs
 from exporter.graphs.export import export_model
+from exporter.graphs.standard.lowering import Standard
+from exporter.graphs.writer import MICROSOFT, GraphWriter
 from exporter.runtimes.ort import OrtCaptioner
 from tests.support.tiny import write_tiny_model
 from tests.support.tiny_llava import TILE, write_tiny_llava
-from tests.support.tiny_qwen import write_tiny_qwen
 
 from .conftest import Decoder, make_model, relative, save, session, text_logits
 from .test_decoder import tokens
@@ -195,8 +196,11 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path, out: Out) -> None:
         assert path.read_bytes() == (second / "onnx" / path.name).read_bytes()
 
 
-def test_other_kinds_are_refused_in_one_line(tmp_path: Path, out: Out) -> None:
-    merge_adapters(write_tiny_qwen(tmp_path / "base"), [], out("m"))
-    with pytest.raises(InputRefused, match=r"described by \w+; export with --dialect ort") as error:
-        standard(tmp_path / "m", out("e"))
+def test_operators_that_it_cannot_say_are_refused_in_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputRefused, match="own MatMulBnb4, .* --dialect ort") as error,
+        GraphWriter(tmp_path, "g", dialect=Standard) as writer,
+    ):
+        writer.node("MatMulBnb4", "a", ["x"], domain=MICROSOFT)
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from exporter.graphs.standard.operators import list_operators, require_supported
 from exporter.graphs.standard.profiles import (
     InputProfile,
     Limits,
+    Range,
     graph_profiles,
     measured_limits,
 )
@@ -27,7 +28,8 @@ from tests.support.tiny_llava import write_tiny_llava
 from .conftest import make_model, save
 
 Out = Callable[[str], Path]
-LIMIT = Limits(batch=2, tiles=5, rows=70, prompt=300, likely_prompt=44, context=512)
+AXES = {"tiles": Range(1, 5, 5), "rows": Range(1, 70, 70), "image_rows": Range(9, 9, 9)}
+LIMIT = Limits(batch=2, prompt=300, likely_prompt=44, context=512, prefix=7, axes=AXES)
 
 
 def graph(
@@ -161,12 +163,17 @@ def test_profiles_of_a_decoder() -> None:
         "inputs_embeds": ["batch_size", "sequence_length", 64],
         "attention_mask": ["batch_size", "total_sequence_length"],
         "num_logits_to_keep": [],
+        "prefix_length": [],
+        "cross_key_values.0.key": ["batch_size", 2, "image_rows", 16],
         "past_key_values.0.key": past,
     }
     found = graph_profiles("decoder_model_merged", inputs, LIMIT)
     assert found["prefill"]["inputs_embeds"] == InputProfile((1, 1, 64), (1, 44, 64), (2, 300, 64))
     assert found["prefill"]["past_key_values.0.key"].max == (2, 2, 0, 16)
+    assert found["prefill"]["prefix_length"] == InputProfile((0,), (7,), (7,), values=True)
     assert found["decode"] == {
+        "prefix_length": InputProfile((0,), (0,), (0,), values=True),
+        "cross_key_values.0.key": InputProfile((1, 2, 9, 16), (1, 2, 9, 16), (2, 2, 9, 16)),
         "inputs_embeds": InputProfile((1, 1, 64), (1, 1, 64), (2, 1, 64)),
         "attention_mask": InputProfile((1, 2), (1, 45), (2, 512)),
         "num_logits_to_keep": InputProfile((1,), (1,), (1,), values=True),
@@ -193,9 +200,10 @@ def test_limits_are_what_the_preparer_makes_of_images(tmp_path: Path) -> None:
     folder = write_tiny_llava(tmp_path / "m", kind="llava_next")
     config = {"model_type": "llava_next"}
     preparer = family_of(config).open_preparer(folder)
-    limits = measured_limits(preparer, "Describe this medical image.")
+    shapes = {"pixel_values": ["batch_size", "tiles", 3, 32, 32], "feature_index": ["rows"]}
+    limits = measured_limits(preparer, "Describe this medical image.", shapes)
     # 128 x 128 pixels in tiles of 32, and the whole image.
-    assert limits.tiles == 17
+    assert limits.axes["tiles"] == Range(1, 17, 17)
     assert limits.context == 640
     assert limits.likely_prompt < limits.prompt <= limits.context
-    assert 17 * 16 <= limits.rows <= limits.likely_prompt
+    assert 17 * 16 <= limits.axes["rows"].greatest <= limits.likely_prompt

@@ -6,8 +6,21 @@ import re
 
 from exporter.catalog.profiles import find_model, model_profiles
 from exporter.families.table import FAMILIES
+from exporter.families.task_table import TASK_FAMILIES
 from tests.support.family_cases import CASES
-from tools.write_models import CONTRACT, PAGE, PROOFS, ROOT, calibrated, case_of, render
+from tests.support.task_cases import CASES as TASK_CASES
+from tools.write_models import (
+    CONTRACT,
+    PAGE,
+    PROOFS,
+    ROOT,
+    TASK_CONTRACT,
+    TASK_PROOFS,
+    calibrated,
+    case_of,
+    render,
+    task_case_of,
+)
 
 
 def test_the_page_is_current() -> None:
@@ -22,15 +35,19 @@ def test_every_working_model_has_a_row_in_the_contract() -> None:
         if profile.status == "plan-only":
             assert profile.family not in FAMILIES
             continue
+        if profile.family in TASK_FAMILIES:
+            assert task_case_of(profile) in {case.name for case in TASK_CASES}, name
+            continue
         assert case_of(profile) in rows, name
         used.add(case_of(profile))
     assert used == rows, "a row of the contract stands for no profile"
 
 
 def test_the_tests_it_names_exist() -> None:
-    source = (ROOT / CONTRACT).read_text(encoding="utf-8")
-    for test in PROOFS.values():
-        assert re.search(rf"^def {test}\(", source, re.MULTILINE), test
+    for contract, proofs in ((CONTRACT, PROOFS), (TASK_CONTRACT, TASK_PROOFS)):
+        source = (ROOT / contract).read_text(encoding="utf-8")
+        for test in proofs.values():
+            assert re.search(rf"^def {test}\(", source, re.MULTILINE), test
     for name in model_profiles():
         path, _, test = calibrated(find_model(name)).split(" ")[0].partition("::")
         if path.startswith("tests/"):

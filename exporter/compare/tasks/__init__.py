@@ -1,0 +1,1 @@
+"""What models of other tasks than captioning give beside the reference: one file per task."""

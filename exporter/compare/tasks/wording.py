@@ -1,0 +1,143 @@
+"""How a task's figures and verdicts are put into words: the same in table, report and summary."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from exporter.compare.candidates import NOISE_FLOOR
+from exporter.compare.passes import noise_floor_threads
+from exporter.compare.records import Figure
+from exporter.compare.statistics import RESAMPLES, SEED
+from exporter.compare.tasks.jobs import TaskResult
+from exporter.compare.tasks.records import TaskComparison, TaskGateReport, TaskRow
+from exporter.compare.verdict import ENOUGH_IMAGES
+from exporter.compare.wording import DASH, MOST_REASONS, small
+
+TITLES = {
+    "zero-shot": "Zero-shot classification and retrieval",
+    "segmentation": "Text-prompted segmentation",
+    "text-encoder": "Text encoder",
+    "summary": "Summaries",
+}
+
+
+def shown(figure: Figure | None, *, signed: bool = False, bounds: bool = True) -> str:
+    """A figure with four digits and, if it has one, its interval."""
+    if figure is None:
+        return DASH
+    if figure.low is None and figure.value == round(figure.value):
+        return f"{figure.value:.0f}"  # a count, or a worst case that is none
+    text = _digits(figure.value, signed=signed)
+    if not bounds or figure.low is None or figure.high is None:
+        return text
+    return f"{text} [{_digits(figure.low, signed=signed)}, {_digits(figure.high, signed=signed)}]"
+
+
+def _digits(value: float, *, signed: bool) -> str:
+    if 0.9995 < value < 1:
+        return f"1 - {small(1 - value)}"
+    text = f"{value:.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
+    return f"+{text}" if signed and value >= 0 else text
+
+
+def verdict_lines(report: TaskGateReport) -> list[str]:
+    """The verdict, its reasons and what would decide it: first in every output."""
+    lines = [f"{report.label}: {report.candidate} against {report.reference}"]
+    reasons = report.reasons[:MOST_REASONS]
+    lines += [f"  {'because' if i == 0 else 'and'} {r}" for i, r in enumerate(reasons)]
+    if len(report.reasons) > len(reasons):
+        lines.append(f"  and {len(report.reasons) - len(reasons)} more")
+    if report.verdict == "INCONCLUSIVE":
+        more = (
+            f"{report.needed} would decide it, if it goes on as seen"
+            if report.needed
+            else "no number can be named that would decide it"
+        )
+        lines.append(f"  {report.count} {report.unit} of {report.patients} patients; {more}")
+    return lines
+
+
+def shown_gates(comparison: TaskComparison) -> list[TaskGateReport]:
+    """The verdicts on the candidates; where there is none, the one on the reference's repetition."""
+    candidates = [g for g in comparison.gates if g.candidate != NOISE_FLOOR]
+    return candidates or list(comparison.gates)
+
+
+def candidates_of(comparison: TaskComparison) -> list[TaskRow]:
+    """The rows that were put beside the reference."""
+    return [row for row in comparison.rows if row.role == "candidate"]
+
+
+def smoke_note(comparison: TaskComparison) -> str:
+    """Says so when there are too few cases to exclude a rate of 2 per cent."""
+    if comparison.count >= ENOUGH_IMAGES:
+        return ""
+    return (
+        f" (a smoke test: {comparison.count} {comparison.unit}; {ENOUGH_IMAGES} without a change "
+        "would be needed to show a rate under 2 %)"
+    )
+
+
+def summary_line(comparison: TaskComparison) -> str:
+    """One line on all candidates, for manifests and cards."""
+    verdicts = {g.candidate: g.label for g in comparison.gates}
+    said = []
+    for row in candidates_of(comparison):
+        parts = [f"{100 * row.ratio:.0f} % of the bytes"]
+        parts += [f"{n} {shown(f, bounds=False)}" for n, f in list(row.figures.items())[:4]]
+        said.append(f"{verdicts[row.name]}: {row.name} {', '.join(parts)}")
+    return (
+        f"{comparison.task} against {comparison.reference} on {comparison.count} {comparison.unit} "
+        f"of {comparison.patients} patients: {'; '.join(said) or 'the reference alone'}"
+        f"{smoke_note(comparison)}"
+    )
+
+
+def method_lines(threads: int, timed: Mapping[str, Sequence[TaskResult]]) -> dict[str, str]:
+    """How the figures of every task were measured, by figure."""
+    lines = {
+        "processes": f"every model in processes of its own, one at a time, {threads} threads",
+        NOISE_FLOOR: (
+            f"the reference once more in a fresh process with {noise_floor_threads(threads)} instead "
+            f"of {threads} threads; nothing else differs"
+        ),
+        "intervals": (
+            f"95 %, percentile bootstrap over patients, {RESAMPLES:,} resamples, seed {SEED}; "
+            "differences are paired; figures that are no means enter by their influence per case"
+        ),
+        "gate": (
+            "margins from the profile, fixed before the run; one-sided 95 % bounds: exact for shares "
+            "(on the effective number of cases where a patient's cases are alike), studentised "
+            "bootstrap over patients for means; PASS: all bounds inside, FAIL: a whole interval "
+            "outside, else INCONCLUSIVE"
+        ),
+        "bytes": "files of the model folder, graphs with their external data",
+        "speed": "not measured",
+    }
+    if timed:
+        results = next(iter(timed.values()))
+        lines["speed"] = (
+            f"{len(results)} rounds in the order {' '.join(timed)}, each process warmed up; medians "
+            "per case; p90 by MLPerf early stopping, only from 64 runs; opening the file is not in it"
+        )
+        lines["memory"] = "peak resident set (VmHWM) of those processes"
+    return lines
+
+
+def machine(threads: int) -> dict[str, str]:
+    """What the machine is, for the record."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux: the architecture's name has to do
+    return {
+        "cpu": name,
+        "cores": str(os.cpu_count() or 1),
+        "threads": str(threads),
+        "system": f"{platform.system()} {platform.release()}",
+    }

@@ -1,0 +1,1 @@
+"""What is done with the outputs of a task family's graphs: scores, masks, vectors, spans, summaries."""
