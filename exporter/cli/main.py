@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from exporter import __version__
-from exporter.cli import build, bundles, check, formats, listings, stages
+from exporter.cli import build, bundles, check, engines, formats, listings, stages
 from exporter.cli import run as running
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
 
@@ -28,7 +28,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for room in (build, stages, check, formats, running, bundles, listings):
+for room in (build, stages, check, formats, running, bundles, engines, listings):
     for command in room.COMMANDS:
         cli.add_command(command)
 

@@ -12,6 +12,7 @@ from exporter.cli.console import print_json
 
 if TYPE_CHECKING:
     from exporter.bundle.manifest import Manifest
+    from exporter.runtimes.providers import Device
 
 FILE = click.Path(path_type=Path)
 
@@ -29,6 +30,13 @@ FILE = click.Path(path_type=Path)
     "--threads", type=click.IntRange(min=1), help="Default: the cores this process may use."
 )
 @click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    show_default=True,
+    help="cuda: the first NVIDIA GPU; nothing falls back to the CPU.",
+)
+@click.option(
     "--verify/--no-verify", "check", default=True, help="Check all files first (default)."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -42,7 +50,7 @@ def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
     from exporter.bundle.verify import verify_bundle
 
     manifest = verify_bundle(bundle).manifest if check else read_manifest(bundle)
-    threads = options.pop("threads")
+    threads, device = options.pop("threads"), options.pop("device")
     usage = manifest.usage
     asked = Question(
         inputs=options["inputs"],
@@ -55,8 +63,12 @@ def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
     if usage.task == "caption":
         if asked.labels or asked.template or asked.masks:
             raise click.UsageError("--labels, --template and --masks: this bundle's model captions")
-        _caption(bundle, manifest, asked, threads, as_json)
+        _caption(bundle, manifest, asked, (threads, device), as_json)
         return
+    if device != "cpu":
+        raise click.UsageError(
+            "--device cuda is for bundles that caption; this one runs on the CPU"
+        )
     found = answer(bundle / "model", usage.task, asked, threads)
     if as_json:
         print_json({"bundle": manifest.name, "digest": manifest.digest, **found})
@@ -65,13 +77,18 @@ def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
 
 
 def _caption(
-    bundle: Path, manifest: Manifest, asked: Question, threads: int | None, as_json: bool
+    bundle: Path,
+    manifest: Manifest,
+    asked: Question,
+    where: tuple[int | None, Device],
+    as_json: bool,
 ) -> None:
     from exporter.runtimes.images import open_image
     from exporter.runtimes.ort import OrtCaptioner
 
     pictures = [open_image(path) for path in asked.inputs]
-    captioner = OrtCaptioner(bundle / "model", threads=threads)
+    threads, device = where
+    captioner = OrtCaptioner(bundle / "model", threads=threads, device=device)
     rows = []
     for path, picture in zip(asked.inputs, pictures, strict=True):
         caption = captioner.caption(picture, asked.prompt, asked.max_new_tokens)

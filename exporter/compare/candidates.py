@@ -10,6 +10,7 @@ from typing import Literal
 
 from exporter.core.digest import list_files
 from exporter.core.errors import WrongUsage
+from exporter.runtimes.providers import Device
 
 NOISE_FLOOR = "noise floor"
 RuntimeName = Literal["ort", "torch", "predictions"]
@@ -19,12 +20,15 @@ RuntimeName = Literal["ort", "torch", "predictions"]
 class Candidate:
     """One model folder under a name; "ort" reads its graphs, "torch" its weights.
 
-    For "predictions" `model_dir` is a file of captions that some other system wrote.
+    For "predictions" `model_dir` is a file of captions that some other system wrote. `dtype` is the
+    float type that "torch" computes in.
     """
 
     name: str
     model_dir: Path
     runtime: RuntimeName = "ort"
+    device: Device = "cpu"
+    dtype: str = "float32"
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:

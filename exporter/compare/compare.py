@@ -14,6 +14,8 @@ from exporter.compare import assemble
 from exporter.compare.candidates import NOISE_FLOOR, Candidate, check_candidates, part_bytes
 from exporter.compare.caption_figures import CaptionFigures, judged_figures
 from exporter.compare.gate import judge_candidate
+from exporter.compare.gpu import board
+from exporter.compare.gpu_report import gpu_method
 from exporter.compare.jobs import JobCase, JobResult
 from exporter.compare.passes import (
     Plan,
@@ -125,10 +127,11 @@ def _assemble(
         modalities={
             m: sum(c.modality == m for c in cases) for m in sorted({c.modality for c in cases})
         },
-        machine=_machine(setting.threads),
+        machine=_machine(setting.threads, candidates),
         method=method_lines(rows, setting.threads, floor)
         | {f"metric {name}": line for name, line in how.items()}
         | robustness_method(rows)
+        | gpu_method(rows)
         | {"sample size": size_line(plan.gate)},
         rows=rows,
         cases=assemble.case_rows(judged, judge, {c.id: c.sha256 for c in setting.cases}),
@@ -181,21 +184,24 @@ def _row(
         distribution=None if first else assemble.distribution_figures(own),
         by_modality=assemble.slices(own),
         robustness=robustness_figures(own, base, judge),
+        device=candidate.device,
     )
 
 
-def _machine(threads: int) -> dict[str, str]:
+def _machine(threads: int, candidates: Sequence[Candidate]) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
     except OSError:
         pass  # not Linux: the architecture's name has to do
+    gpus = {"gpu": board()} if any(c.device == "cuda" for c in candidates) else {}
     return {
         "cpu": name,
         "cores": str(os.cpu_count() or 1),
         "threads": str(threads),
         "system": f"{platform.system()} {platform.release()}",
+        **gpus,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from exporter.compare.gpu import GpuUse
 from exporter.core.artifact import write_atomic
 from exporter.core.data import PACKAGE
 from exporter.core.digest import sha256_json
@@ -36,7 +37,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     to `logits_bytes`; "candidate" captions and scores the tokens of the worker in `reference`;
     "speed" captions only, `repeat` tells one such process from the next. The first two also probe
     `probes` cases, spread over all: see `Probe`; and caption `perturbed` cases, spread alike, under
-    each perturbation of `perturb`.
+    each perturbation of `perturb`. `device` is "cpu" or "cuda", `dtype` the float type of "torch".
     """
 
     name: str
@@ -55,6 +56,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeat: int = 0
     probes: int = 0
     perturbed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def digest(self) -> str:
@@ -120,8 +123,8 @@ class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a worker measured; memory in bytes, None where the system does not say.
 
     peak_load and peak_run are peaks of the resident set up to the end of loading and after it;
-    they are one number where the peak cannot be reset (`peak_was_reset` False). `gpu` is what NVML
-    says the process held at its end.
+    they are one number where the peak cannot be reset (`peak_was_reset` False). `gpu` is what the
+    GPU's side says (None: the model ran on the CPU).
     """
 
     job: str
@@ -132,7 +135,7 @@ class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_was_reset: bool
     versions: dict[str, str]
     cases: list[CaseResult]
-    gpu: int | None = None
+    gpu: GpuUse | None = None
 
 
 def run_job(job: Job, progress: Progress = silent) -> JobResult:

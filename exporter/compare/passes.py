@@ -66,6 +66,8 @@ class Setting:
             model_dir=str(candidate.model_dir.resolve()),
             model_sha256=self.digests[candidate.name],
             threads=self.threads,
+            device=candidate.device,
+            dtype=candidate.dtype,
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
             cases=self.cases,

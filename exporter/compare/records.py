@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from exporter.compare.gpu import GpuUse
 from exporter.compare.verdict import GateReport
 
 SCHEMA = 1
@@ -52,7 +53,7 @@ class Speed(Record, frozen=True):
 class Memory(Record, frozen=True):
     """Bytes, medians over the speed processes; None where the system does not say.
 
-    gpu: held by the process at its end, by NVML.
+    gpu: what the GPU's side says (None: the model ran on the CPU).
     """
 
     processes: int
@@ -60,7 +61,7 @@ class Memory(Record, frozen=True):
     peak_load: int | None
     unique: int | None
     peak_was_reset: bool
-    gpu: int | None = None
+    gpu: GpuUse | None = None
 
 
 class Distribution(Record, frozen=True):
@@ -164,6 +165,7 @@ class Row(Record, frozen=True):
     distribution: Distribution | None = None
     by_modality: dict[str, Slice] = {}
     robustness: dict[str, Robustness] = {}
+    device: str = "cpu"
 
 
 class ChangeRow(Record, frozen=True):

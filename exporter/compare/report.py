@@ -10,6 +10,7 @@ from typing import Any
 from exporter.compare import html
 from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.caption_report import caption_tables
+from exporter.compare.gpu_report import gpu_table, held_on_gpu
 from exporter.compare.plots import plots
 from exporter.compare.records import CaptionRow, CaseRow, Comparison, Row
 from exporter.compare.robustness_report import robustness_section
@@ -287,12 +288,13 @@ def _speed(c: Comparison) -> str:
             str(s.runs),
             megabytes(row.memory.peak if row.memory else None),
             megabytes(row.memory.unique if row.memory else None),
-            megabytes(row.memory.gpu if row.memory else None),
+            megabytes(held_on_gpu(row)),
         )
         for row in c.rows
         if (s := row.speed)
     ]
     said = html.table("Medians; p90 only from 64 runs", header, cells) if cells else ""
+    said += gpu_table(c.rows)
     parts = sorted({p for row in c.rows for p in row.parts})
     sizes = [
         (row.name, *(megabytes(row.parts.get(p)) for p in parts), megabytes(row.bytes))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from exporter.compare.gpu import GpuUse
 from exporter.compare.jobs import JobResult
 from exporter.compare.records import Memory, Speed
 from exporter.compare.statistics import early_stopping_percentile
@@ -67,7 +68,6 @@ def memory_figures(results: Sequence[JobResult]) -> Memory:
         if r.peak_load is not None and r.peak_run is not None
     ]
     loads = [r.peak_load for r in results if r.peak_load is not None]
-    held = [r.gpu for r in results if r.gpu is not None]
     uniques = [r.unique for r in results if r.unique is not None]
     return Memory(
         processes=len(results),
@@ -75,5 +75,30 @@ def memory_figures(results: Sequence[JobResult]) -> Memory:
         peak_load=int(median(loads)) if loads else None,
         unique=int(median(uniques)) if uniques else None,
         peak_was_reset=all(r.peak_was_reset for r in results),
-        gpu=int(median(held)) if held else None,
+        gpu=gpu_figures(results),
+    )
+
+
+def gpu_figures(results: Sequence[JobResult]) -> GpuUse | None:
+    """Medians over the processes of what each said; None where none ran on a GPU."""
+    said = [r.gpu for r in results if r.gpu is not None]
+    if not said:
+        return None
+
+    def middle(values: Iterable[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return median(known) if known else None
+
+    def whole(values: Iterable[int | None]) -> int | None:
+        found = middle(values)
+        return None if found is None else int(found)
+
+    return GpuUse(
+        process=whole(u.process for u in said),
+        device=whole(u.device for u in said),
+        allocated=whole(u.allocated for u in said),
+        reserved=whole(u.reserved for u in said),
+        watts=middle(u.watts for u in said),
+        joules=middle(u.joules for u in said),
+        joules_per_token=middle(u.joules_per_token for u in said),
     )

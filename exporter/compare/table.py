@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from exporter.compare.candidates import NOISE_FLOOR
+from exporter.compare.gpu_report import gpu_note
 from exporter.compare.records import Comparison, Row
 from exporter.compare.robustness_report import robustness_note
 from exporter.compare.verdict import GateReport
@@ -106,7 +107,8 @@ def _notes(comparison: Comparison) -> list[str]:
     candidates = [row for row in c.rows if row.role == "candidate"]
     notes += [_differences(row) for row in candidates]
     notes += [said for row in candidates if (said := robustness_note(row))]
-    notes += [f"{n.capitalize()}: {c.method[n]}." for n in ("noise floor", "speed", "memory")
+    notes += [said for row in c.rows if (said := gpu_note(row))]
+    notes += [f"{n.capitalize()}: {c.method[n]}." for n in ("noise floor", "speed", "memory", "gpu")
               if n in c.method]  # fmt: skip
     notes.append(
         f"Flips: facts turned over against {c.reference} 'in' so many images. {c.method['intervals']}."

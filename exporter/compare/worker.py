@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from typing import cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare.blank import Probed, probe_case, probed_ids, spread_ids
+from exporter.compare.gpu import GpuMeter
 from exporter.compare.jobs import (
     CaseResult,
     Job,
@@ -26,13 +28,14 @@ from exporter.compare.jobs import (
     Scores,
     read_result,
 )
-from exporter.compare.memory import gpu_memory, peak_rss, reset_peak, unique_bytes
+from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
 from exporter.compare.perturb import perturbed_captions
 from exporter.compare.quality.distribution import compare_logits
 from exporter.core.artifact import need_space, write_atomic
 from exporter.core.errors import InputRefused, MedexportError
 from exporter.runtimes.base import Caption
 from exporter.runtimes.images import open_image
+from exporter.runtimes.providers import Device
 
 LIBRARIES = {"ort": ("onnxruntime", "numpy"), "torch": ("torch", "transformers", "numpy")}
 
@@ -50,13 +53,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(job: Job) -> None:
     """Load, ask and measure, and write `folder`/result.json in one rename."""
+    meter = GpuMeter() if job.device == "cuda" else None
     start = perf_counter()
-    captioner = open_captioner(job.runtime, Path(job.model_dir), job.threads)
-    result = answer(job, captioner, perf_counter() - start)
+    captioner = open_captioner(
+        job.runtime, Path(job.model_dir), job.threads, device=job.device, dtype=job.dtype
+    )
+    result = answer(job, captioner, perf_counter() - start, meter)
     write_atomic(Path(job.folder) / "result.json", msgspec.json.encode(result))
 
 
-def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
+def answer(
+    job: Job, captioner: Probed, load_seconds: float, meter: GpuMeter | None = None
+) -> JobResult:
     """Warm up, then caption, score and probe every case with a loaded model."""
     _caption(captioner, job, job.cases[0])
     peak_load, reset = peak_rss(), reset_peak()
@@ -64,6 +72,8 @@ def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
     tokens, probed = _reference_tokens(job), probed_ids(job)
     perturbed = spread_ids(job, job.perturbed)
     cases: list[CaseResult] = []
+    if meter:
+        meter.begin()
     for case in job.cases:
         caption = _caption(captioner, job, case)
         scores = probe = None
@@ -84,22 +94,29 @@ def answer(job: Job, captioner: Probed, load_seconds: float) -> JobResult:
         peak_run=peak_rss(),
         unique=unique_bytes(),
         peak_was_reset=reset,
-        versions=_versions(job.runtime),
+        versions=_versions(job.runtime, job.device),
         cases=cases,
-        gpu=gpu_memory(),
+        gpu=meter.finish(sum(len(c.decode) + 1 for c in cases)) if meter else None,
     )
 
 
-def open_captioner(runtime: str, model_dir: Path, threads: int) -> Probed:
-    """The runtime of that name with the model loaded. Raises `InputRefused` for another name."""
+def open_captioner(
+    runtime: str, model_dir: Path, threads: int, *, device: str = "cpu", dtype: str = "float32"
+) -> Probed:
+    """The runtime of that name with the model loaded; `dtype` is the float type of "torch".
+
+    Raises `InputRefused` for another name, `EnvironmentLacks` without the device.
+    """
     if runtime == "ort":
         from exporter.runtimes.ort import OrtCaptioner
 
-        return OrtCaptioner(model_dir, threads=threads)
+        return OrtCaptioner(model_dir, threads=threads, device=cast(Device, device))
     if runtime == "torch":
+        from exporter.runtimes.torch_device import Place
         from exporter.runtimes.torch_reference import TorchCaptioner
 
-        return TorchCaptioner(model_dir, threads=threads)
+        place = Place(cast(Device, device), dtype)
+        return TorchCaptioner(model_dir, threads=threads, place=place)
     raise InputRefused(f"runtime '{runtime}' is unknown; expected ort or torch")
 
 
@@ -188,9 +205,12 @@ def _result(
     )
 
 
-def _versions(runtime: str) -> dict[str, str]:
+def _versions(runtime: str, device: str) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in LIBRARIES[runtime]:
+    names = LIBRARIES[runtime]
+    if (runtime, device) == ("ort", "cuda"):
+        names = ("onnxruntime-gpu", *names[1:])
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Captions with onnxruntime on the CPU: three graphs, KV buffers shared in place, greedy."""
+"""Captions with onnxruntime on a CPU or GPU: three graphs, KV buffers shared in place, greedy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from exporter.families.table import family_of
 from exporter.families.visible import VisibleImages
 from exporter.runtimes.base import Caption, Features
 from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
+from exporter.runtimes.ort_cuda import device_setup
 from exporter.runtimes.ort_decoder import Decoder, DecoderRun
-from exporter.runtimes.ort_session import open_session
+from exporter.runtimes.ort_memory import Setup, host_setup
+from exporter.runtimes.providers import Device
 from exporter.runtimes.threads import usable_cores
 
 PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
@@ -26,17 +28,23 @@ PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 class OrtCaptioner:
     """`runtimes.base.Captioner` over the graphs in ``model_dir/onnx``.
 
-    Holds the three sessions; each call allocates key and value buffers of the length it can reach.
+    Holds the three sessions; each call has key and value buffers of the length it can reach.
     """
 
-    def __init__(self, model_dir: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, model_dir: Path, *, threads: int | None = None, device: Device = "cpu"
+    ) -> None:
         """Load tokenizer, settings and graphs; `threads` defaults to the cores this process may use.
 
-        Raises `InputRefused` when a file is missing or a graph is not what the layout promises.
+        With `device` "cuda" all but shape arithmetic runs on the first GPU, keys and values stay
+        there, and what would fall back to the CPU is refused. Raises `InputRefused` when a file is
+        missing or a graph is not what the layout promises or the device can run, `EnvironmentLacks`
+        without the device.
         """
         config = read_config(model_dir / "config.json")
+        setup = device_setup(device)
         self.preparer = family_of(config).open_preparer(model_dir)
-        self.engine = OrtEngine(model_dir / "onnx", self.preparer, threads or usable_cores())
+        self.engine = OrtEngine(model_dir / "onnx", self.preparer, threads or usable_cores(), setup)
 
     def caption(self, image: Image, prompt: str, max_new_tokens: int) -> Caption:
         """Greedy caption; see `greedy_caption`."""
@@ -60,10 +68,14 @@ def image_rows(vision: ort.InferenceSession, inputs: PromptInputs) -> NDArray[np
 class OrtEngine:
     """`greedy.Engine`: the sessions and the text being decoded."""
 
-    def __init__(self, folder: Path, preparer: Preparer, threads: int) -> None:
-        """Open the three graphs in `folder`. Raises `InputRefused`."""
-        vision, embed, decoder = (open_session(folder / f"{p}.onnx", threads) for p in PARTS)
-        self.vision, self.embed, self.decoder = vision, embed, Decoder(decoder)
+    def __init__(
+        self, folder: Path, preparer: Preparer, threads: int, setup: Setup | None = None
+    ) -> None:
+        """Open the three graphs in `folder`, by default on the CPU. Raises `InputRefused`."""
+        setup = setup or host_setup()
+        vision, embed, decoder = (setup.open(folder / f"{p}.onnx", threads) for p in PARTS)
+        self.vision, self.embed, self._memory = vision, embed, setup.memory
+        self.decoder = Decoder(decoder, setup.memory)
         self._preparer = preparer
         self._run: DecoderRun | None = None
 
@@ -90,7 +102,8 @@ class OrtEngine:
         """Logits ``[vocab]`` after one more token. Raises ValueError before any `prefill`."""
         if self._run is None:
             raise ValueError("step before prefill")
-        last: NDArray[np.float32] = self._run.feed(self._embedded([token]))[-1]
+        embeds = self._memory.embed(self.embed, np.array([[token]], np.int64))
+        last: NDArray[np.float32] = self._run.feed_one(embeds)[-1]
         return last
 
     def forced(

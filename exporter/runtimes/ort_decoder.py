@@ -3,7 +3,7 @@
 Each buffer is allocated once per call at the length that can be reached, and bound both as
 ``past_key_values`` and as ``present``: GroupQueryAttention then appends in place instead of copying
 the whole cache for every token. A graph of standard operators puts past and new ones together in a
-new buffer, which its past then becomes.
+new buffer, which its past then becomes. Where the buffers lie is the affair of `ort_memory`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from exporter.core.errors import InputRefused
 from exporter.families.visible import VisibleImages
 from exporter.runtimes.greedy import Positions
+from exporter.runtimes.ort_memory import Buffer, Buffers, HostMemory, Memory
 
 POSITIONS = "position_ids"
 PREFIX = "prefix_length"
@@ -30,9 +31,12 @@ DTYPES: dict[str, type[np.floating]] = {"tensor(float)": np.float32, "tensor(flo
 class Decoder:
     """A loaded decoder_model_merged.onnx."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        """Read the layout from the graph's inputs. Raises `InputRefused` when it is another one."""
-        self.session = session
+    def __init__(self, session: ort.InferenceSession, memory: Memory | None = None) -> None:
+        """Read the layout from the graph's inputs; buffers lie in `memory`, by default the host's.
+
+        Raises `InputRefused` when the layout is another one.
+        """
+        self.session, self.memory = session, memory or HostMemory()
         inputs = {i.name: i for i in session.get_inputs()}
         self.past = [n for n in inputs if PAST.fullmatch(n)]
         self.cross = [n for n in inputs if CROSS.fullmatch(n)]
@@ -56,6 +60,7 @@ class Decoder:
                 f"{vocabulary}; expected one float shape with fixed heads and head size"
             )
         self.dtype, self.heads, self.head_dim = DTYPES[kind], int(heads), int(width)
+        self.cross_dtypes = {n: DTYPES.get(inputs[n].type, np.float32) for n in self.cross}
         # Where present is as long as the mask, it is past and new ones together.
         length = outputs[self.present(self.past[0])].shape[2]
         self.concatenates = length == inputs["attention_mask"].shape[1]
@@ -112,38 +117,56 @@ class DecoderRun:
         self._mask = np.ones((1, capacity), np.int64)
         self._keep = np.array(keep, np.int64)
         self._logits: NDArray[np.float32] = np.empty((1, keep, decoder.vocabulary), np.float32)
-        self.buffers = self._buffers(0 if decoder.concatenates else capacity)
+        self._host, self._memory = HostMemory(), decoder.memory
+        self.buffers = self._first_buffers()
         self._binding = decoder.session.io_binding()
         self._bind_input("num_logits_to_keep", self._keep)
         for name, buffer in self.buffers.items():
-            self._bind_input(name, buffer)
+            self._memory.bind_input(self._binding, name, buffer)
             if not decoder.concatenates:
-                self._bind_output(decoder.present(name), buffer)
-        self._bind_output("logits", self._logits)
+                self._memory.bind_output(self._binding, decoder.present(name), buffer)
+        # Logits are all that comes back from a device.
+        self._host.bind_output(self._binding, "logits", self._logits)
         # Kept as an attribute: onnxruntime gets the addresses only.
-        self._cross = {n: np.ascontiguousarray(a, np.float32) for n, a in cross.items()}
+        kinds = decoder.cross_dtypes
+        self._cross = {
+            n: self._memory.upload(a.astype(kinds[n], copy=False)) for n, a in cross.items()
+        }
         for name, array in self._cross.items():
-            self._bind_input(name, array)
+            self._memory.bind_input(self._binding, name, array)
 
     def feed(self, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
         """Append ``[length, hidden]`` embeddings; returns logits ``[keep, vocab]`` of the last ones.
 
         The result is overwritten by the next call. Raises ValueError when the buffers are full.
         """
-        if self._length + len(embeds) > self._capacity:
-            raise ValueError(f"{self._length + len(embeds)} positions in {self._capacity}")
-        self._length += len(embeds)
+        self._grow(len(embeds))
         # Kept as an attribute: onnxruntime gets the address only.
-        self._embeds = np.ascontiguousarray(embeds[None], np.float32)
+        self._embeds: Buffer = np.ascontiguousarray(embeds[None], np.float32)
         self._bind_input("inputs_embeds", self._embeds)
+        return self._run(len(embeds))
+
+    def feed_one(self, embeds: Buffer) -> NDArray[np.float32]:
+        """`feed` of one embedding ``[1, 1, hidden]`` as the memory's `embed` gave it."""
+        self._grow(1)
+        self._embeds = embeds
+        self._memory.bind_input(self._binding, "inputs_embeds", embeds)
+        return self._run(1)
+
+    def _grow(self, count: int) -> None:
+        if self._length + count > self._capacity:
+            raise ValueError(f"{self._length + count} positions in {self._capacity}")
+        self._length += count
+
+    def _run(self, count: int) -> NDArray[np.float32]:
         if self._decoder.positioned:
-            places = self._positions.take(len(embeds))
+            places = self._positions.take(count)
             if places is None:
                 raise ValueError("the decoder takes position_ids; the prompt has none")
             self._places = np.ascontiguousarray(places[:, None], np.int64)
             self._bind_input(POSITIONS, self._places)
         if self._decoder.masked:
-            rows = self._visible.take(len(embeds))
+            rows = self._visible.take(count)
             if rows is None:
                 raise ValueError("the decoder takes image_attention_mask; the prompt has none")
             self._rows = np.ascontiguousarray(rows[None], np.int64)
@@ -160,21 +183,27 @@ class DecoderRun:
         return logits
 
     def _run_concatenating(self) -> None:
-        longer = self._buffers(self._length)
+        shape = self._shape(self._length)
+        longer = {name: self._memory.fresh(shape, self._decoder.dtype) for name in self.buffers}
         for name, buffer in longer.items():
-            self._bind_output(self._decoder.present(name), buffer)
+            self._memory.bind_output(self._binding, self._decoder.present(name), buffer)
         self._decoder.session.run_with_iobinding(self._binding)
         self.buffers = longer
         for name, buffer in longer.items():
-            self._bind_input(name, buffer)
+            self._memory.bind_input(self._binding, name, buffer)
 
-    def _buffers(self, length: int) -> dict[str, NDArray[np.floating]]:
-        """Empty keys and values of `length` places by the names of their inputs."""
-        shape = (1, self._decoder.heads, length, self._decoder.head_dim)
-        return {name: np.zeros(shape, self._decoder.dtype) for name in self._decoder.past}
+    def _first_buffers(self) -> Buffers:
+        """Keys and values by the names of their inputs: the whole text's, or none."""
+        decoder = self._decoder
+        if decoder.concatenates:
+            return {
+                name: self._memory.fresh(self._shape(0), decoder.dtype) for name in decoder.past
+            }
+        return self._memory.caches(self, decoder.past, self._shape(self._capacity), decoder.dtype)
+
+    def _shape(self, length: int) -> tuple[int, int, int, int]:
+        return (1, self._decoder.heads, length, self._decoder.head_dim)
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-    def _bind_output(self, name: str, array: NDArray[np.generic]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        """A small input from the host; onnxruntime copies it when the graph is elsewhere."""
+        self._host.bind_input(self._binding, name, array)

@@ -23,6 +23,18 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     """
     if not path.is_file():
         raise InputRefused(f"{path}: no such file; expected an exported graph")
+    try:
+        return ort.InferenceSession(
+            str(path), session_options(threads), providers=["CPUExecutionProvider"]
+        )
+    except FAILURES as error:
+        raise InputRefused(
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({' '.join(str(error).split())[:300]})"
+        ) from error
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """What sessions on all devices have in common."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -32,9 +44,4 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     # A product with blocks behind DequantizeLinear is fused by default with inputs rounded to 8 bits;
     # a graph of standard operators says float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except FAILURES as error:
-        raise InputRefused(
-            f"{path}: onnxruntime {ort.__version__} cannot load it ({' '.join(str(error).split())[:300]})"
-        ) from error
+    return options

@@ -1,4 +1,7 @@
-"""Captions with the torch model of transformers in float32: what everything else is compared with."""
+"""Captions with the torch model of transformers: what everything else is compared with.
+
+In float32 on the CPU; on a GPU also in float16, as the checkpoint is.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from exporter.runtimes.base import Caption
 from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
 from exporter.runtimes.quiet import quiet_transformers
 from exporter.runtimes.threads import usable_cores
+from exporter.runtimes.torch_device import CPU_FLOAT32, Place
 from exporter.runtimes.weights import float_tensors
 
 if TYPE_CHECKING:
@@ -34,26 +38,34 @@ class TorchCaptioner:
     """
 
     def __init__(
-        self, model_dir: Path, *, adapters: Sequence[Path] = (), threads: int | None = None
+        self,
+        model_dir: Path,
+        *,
+        adapters: Sequence[Path] = (),
+        threads: int | None = None,
+        place: Place = CPU_FLOAT32,
     ) -> None:
-        """Load the weights strictly, in float32; `threads` defaults to the usable cores.
+        """Load the weights strictly; `threads` defaults to the usable cores, `place` says where and in
+        which float type the model computes.
 
         The number of threads is torch's own, so it holds for the whole process. Raises
         `InputRefused` when a tensor is missing or unknown, or the folder is of another architecture;
-        `EnvironmentLacks` without torch, transformers or (for adapters) peft.
+        `EnvironmentLacks` without torch, transformers, the device or (for adapters) peft.
         """
         for module in ("torch", "transformers", *(["peft"] if adapters else [])):
             require(module, "build")
         import torch
 
+        place.require()
         torch.set_num_threads(threads or usable_cores())
         config = read_config(model_dir / "config.json")
         self.family = family = family_of(config)
         self.preparer = family.open_preparer(model_dir)
-        self.model = load_model(model_dir, config)
+        self.model = load_model(model_dir, config, place)
         if adapters:
             _attach(self.model, adapters)
-        self.engine = TorchEngine(self.model, self.preparer, family)
+        place.settle(self.model)
+        self.engine = TorchEngine(self.model, self.preparer, family, place)
 
     def caption(self, image: Image, prompt: str, max_new_tokens: int) -> Caption:
         """Greedy caption; see `greedy_caption`."""
@@ -68,8 +80,11 @@ class TorchCaptioner:
 class TorchEngine:
     """`greedy.Engine` over a loaded torch model."""
 
-    def __init__(self, model: Any, preparer: Preparer, family: Family) -> None:
+    def __init__(
+        self, model: Any, preparer: Preparer, family: Family, place: Place = CPU_FLOAT32
+    ) -> None:
         self._model, self._preparer, self._family = model, preparer, family
+        self._place = place
         self._cache: Any = None
         self._positions = Positions(None)
 
@@ -78,7 +93,9 @@ class TorchEngine:
         import torch
 
         with torch.inference_mode():
-            return self._family.torch_features(self._model, inputs)
+            features = self._family.torch_features(self._model, inputs)
+        self._place.wait()
+        return features
 
     def prefill(
         self,
@@ -121,7 +138,7 @@ class TorchEngine:
 
         with torch.inference_mode():
             out: torch.Tensor = self._model.get_input_embeddings()(
-                torch.as_tensor(ids, dtype=torch.int64)
+                torch.as_tensor(ids, dtype=torch.int64, device=self._place.device)
             )
         return out
 
@@ -131,7 +148,7 @@ class TorchEngine:
         places = image_places(self._preparer, inputs, len(features))
         embeds = self._embedded(inputs.input_ids)
         with torch.inference_mode():
-            embeds[torch.from_numpy(places)] = features
+            embeds[self._place.put(torch.from_numpy(places))] = features
         return embeds
 
     def _append(self, embeds: torch.Tensor, keep: int) -> NDArray[np.float32]:
@@ -144,7 +161,7 @@ class TorchEngine:
                 self._model, embeds, self._cache, places
             )
             logits = self._model.get_output_embeddings()(hidden[-keep:])
-        rows: NDArray[np.float32] = logits.numpy()
+        rows: NDArray[np.float32] = logits.float().cpu().numpy()
         return rows
 
     def _places(self, length: int) -> torch.Tensor | None:
@@ -152,11 +169,12 @@ class TorchEngine:
         import torch
 
         found = self._positions.take(length)
-        return None if found is None else torch.from_numpy(found)
+        return None if found is None else self._place.put(torch.from_numpy(found))
 
 
-def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
-    """The float32 torch model of a float or quantized folder, in evaluation mode.
+def load_model(model_dir: Path, config: dict[str, Any], place: Place = CPU_FLOAT32) -> Any:
+    """The torch model of a float or quantized folder, in evaluation mode, on the CPU in the float type of
+    `place`.
 
     `config` is its parsed config.json. Raises `InputRefused` when tensors are missing (other than a
     head tied to the embedding), unknown, or of another shape.
@@ -164,13 +182,13 @@ def load_model(model_dir: Path, config: dict[str, Any]) -> Any:
     import torch
 
     tensors = {name: torch.from_numpy(array) for name, array in float_tensors(model_dir)}
-    return model_of(model_dir, config, tensors)
+    return model_of(model_dir, config, tensors, place)
 
 
-def model_of(model_dir: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Any:
+def model_of(
+    model_dir: Path, config: dict[str, Any], tensors: dict[str, Any], place: Place = CPU_FLOAT32
+) -> Any:
     """`load_model` from float32 torch tensors by name; `model_dir` is for the errors."""
-    import torch
-
     expected = class_name(config)
     declared = config.get("architectures") or [expected]
     if declared != [expected]:
@@ -191,7 +209,7 @@ def model_of(model_dir: Path, config: dict[str, Any], tensors: dict[str, Any]) -
             None,
             config=parsed,
             state_dict=tensors,
-            dtype=torch.float32,
+            dtype=place.torch_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             # Given, not read from the config, where it may name a kernel to download.

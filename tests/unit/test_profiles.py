@@ -25,6 +25,7 @@ from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.table import FAMILIES
+from exporter.families.task_table import TASK_FAMILIES
 from exporter.pipeline.resolve import refuse_plan_only
 
 MODELS = sorted(model_profiles())
@@ -109,8 +110,9 @@ def test_every_profile_is_complete(name):
 @pytest.mark.parametrize("name", READY)
 def test_what_is_said_to_build_has_family_code(name):
     profile = find_model(name)
-    assert profile.family in FAMILIES
-    assert profile.facts.model_type in FAMILIES[profile.family].MODEL_TYPES
+    families = {**FAMILIES, **TASK_FAMILIES}
+    assert profile.family in families
+    assert profile.facts.model_type in families[profile.family].MODEL_TYPES
     # What nobody has published comes by --weights alone.
     known = profile.hub is not None or profile.builtin is not None
     assert known or profile.facts.confidence == "not published"

@@ -18,6 +18,14 @@ _SIZE_WORDS = re.compile(
 )
 _SAYS_SOMETHING = re.compile(r"\d|\b(?:is|are|was|were|measures?|appears?|remains?)\b")
 _SHOWS = re.compile(r"\s*(?:show|reveal|demonstrat|there\b)")
+# "A mass displacing the right kidney": the side of what is pushed away, not of what pushes.
+_PUSHES = re.compile(r"\b(?:displac|compress|effac|indent|push|deviat)(?:es|ing|s)\b")
+# "Compression of the left bronchus by an enlarged atrium": what follows is the cause.
+_CAUSE = re.compile(r"\b(?:by|from|because of|due to|secondary to|caused by|owing to)\b")
+# "No flow in the left testis, compatible with torsion": what follows is what it means.
+_MEANS = re.compile(
+    r"\s*,?\s*(?:compatible|consistent|suggest|in keeping|indicat|diagnostic|concerning|suspicious)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,17 @@ def owner_of(sentence: Sentence, attribute: Match) -> Match | None:
     near_before = [m for m in before if m.start >= start]
     near_after = [m for m in after if m.start < end]
     if near_before:
+        between = sentence.text[near_before[-1].end : attribute.start]
+        if attribute.kind == "laterality" and _PUSHES.search(between):
+            return organ_of(sentence, attribute)
         return near_before[-1]
     measured = _measured_organ(sentence, attribute)
     if measured is not None:
         return measured
     if near_after:
-        return near_after[0]
+        organ = organ_of(sentence, attribute) if attribute.kind == "laterality" else None
+        between = sentence.text[attribute.end : near_after[0].start]
+        return organ if organ is not None and _CAUSE.search(between) else near_after[0]
     return _in_other_clause(sentence, attribute, before, after)
 
 
@@ -105,11 +118,24 @@ def _in_other_clause(
         return after[0]
     organ = organ_of(sentence, attribute)
     rest = sentence.text[start : attribute.start] + sentence.text[attribute.end : end]
-    if attribute.kind == "laterality" and organ is not None and _SAYS_SOMETHING.search(rest):
-        return organ
+    if attribute.kind == "laterality" and organ is not None:
+        if before:
+            taken = ";" in sentence.text[before[-1].end : attribute.start]
+            taken = taken or _has_side(sentence, before[-1])
+        else:
+            said = _SAYS_SOMETHING.search(rest) or _MEANS.match(sentence.text[end:])
+            taken = said is not None or (bool(after) and _has_side(sentence, after[0]))
+        if taken:
+            return organ
     if before and not (after and ";" in sentence.text[before[-1].end : attribute.start]):
         return before[-1]
     return after[0] if after else None
+
+
+def _has_side(sentence: Sentence, mention: Match) -> bool:
+    """Whether the mention's own clause names a side."""
+    start, end = sentence.clause(mention.start)
+    return any(t.kind == "laterality" and start <= t.start < end for t in sentence.terms)
 
 
 def _one_phrase(sentence: Sentence, attribute: Match, mention: Match) -> bool:

@@ -122,7 +122,7 @@ def _read_sentence(
         span = (offset + term.start, offset + term.end)
         if term.kind in ("modality", "anatomy"):
             loose.append(Fact(term.kind, "", term.concept, *span))
-        if term.kind not in ATTRIBUTES:
+        if term.kind not in ATTRIBUTES or _names_panel(parsed, term):
             continue
         owner = owner_of(parsed, term)
         if owner is None and last is not None and _REFERS_BACK.match(sentence):
@@ -138,6 +138,18 @@ def _read_sentence(
     for statement in made.values():
         _turn_opposite(statement, words)
         statements.append(statement)
+
+
+def _names_panel(sentence: Sentence, term: Match) -> bool:
+    """As in "axial CT (left) and PET (right)" and "left: T1-weighted image": a place on the page."""
+    if term.kind != "laterality":
+        return False
+    around = sentence.text[max(term.start - 1, 0) : term.end + 1]
+    before = [t for t in sentence.terms if t.end <= term.start]
+    after = [t for t in sentence.terms if t.start >= term.end]
+    if around.startswith("(") and around.endswith(")"):
+        return bool(before) and before[-1].kind == "modality"
+    return term.start == 0 and around.endswith(":") and after[:1] != [] and after[0].kind == "modality"
 
 
 def _statement(sentence: Sentence, mention: Match, offset: int, words: Lexicon) -> Statement:

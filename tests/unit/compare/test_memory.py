@@ -9,9 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from exporter.compare.jobs import JobResult
 from exporter.compare.memory import gpu_memory, peak_rss, reset_peak, unique_bytes
-from exporter.compare.speed import memory_figures
 
 
 def test_peak_is_what_the_kernel_reports_otherwise() -> None:
@@ -114,12 +112,3 @@ def test_gpu_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     monkeypatch.setattr("exporter.compare.memory.find_spec", lambda name: None)
     assert gpu_memory() is None
-
-
-def test_gpu_memory_of_a_model_is_the_median_of_its_processes() -> None:
-    def processes(*held: int | None) -> list[JobResult]:
-        return [JobResult("", 1.0, 1, 2, 3, True, {}, [], gpu=h) for h in held]
-
-    assert memory_figures(processes(10, 40, 20)).gpu == 20
-    assert memory_figures(processes(10, None)).gpu == 10
-    assert memory_figures(processes(None)).gpu is None
