@@ -28,7 +28,7 @@ from exporter.core.digest import canonical_json, list_files
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 
-QUANTIZATION, TRADEOFF = "quantization.json", "tradeoff.json"
+QUANTIZATION, TRADEOFF, EXPORT = "quantization.json", "tradeoff.json", "export.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ def package(out: Path, parts: BundleParts, key: Path | None = None) -> Manifest:
     tradeoff = parts.exported / TRADEOFF
     if tradeoff.is_file():
         shutil.copyfile(tradeoff, out / "reports" / TRADEOFF)
-    export = read_json(parts.exported / "export.json")
+    export = read_json(parts.exported / EXPORT)
+    if export["dialect"] != "ort":
+        # Optimization profiles, for whoever builds engines of these graphs.
+        shutil.copyfile(parts.exported / EXPORT, out / "reports" / EXPORT)
     layers, floats, settings = _storage(parts.exported, export)
     manifest = Manifest(
         schema=SCHEMA,

@@ -10,6 +10,7 @@ import click
 from exporter.cli.console import Console, print_json, print_table
 
 if TYPE_CHECKING:
+    from exporter.graphs.export import Dialect
     from exporter.pipeline.outlook import Outlook
 
 
@@ -116,6 +117,18 @@ def with_blocks(scheme: str, group_size: str | None, symmetric: bool | None) -> 
     "--format", "form", default="onnx", type=click.Choice(["onnx", "tensorrt"]), show_default=True
 )
 @click.option(
+    "--dialect",
+    type=click.Choice(["ort", "standard"]),
+    help="Operators of the graphs; default: ort, with --format tensorrt standard.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="--dialect standard: what activations are.",
+)
+@click.option(
     "--also",
     multiple=True,
     metavar="NAME",
@@ -198,20 +211,19 @@ def build(model: str, form: str, as_json: bool, **options: Any) -> None:
     from exporter.pipeline.build import build_bundle
     from exporter.pipeline.request import BuildRequest
 
-    if form == "tensorrt":
-        from exporter.core.errors import EnvironmentLacks
-
-        raise EnvironmentLacks(
-            "--format tensorrt is not available in this version; build --format onnx, "
-            "which onnxruntime runs on the CPU"
-        )
+    asked = options.pop("dialect")
+    if form == "tensorrt" and asked == "ort":
+        raise click.UsageError("--format tensorrt needs the graphs of --dialect standard")
+    dialect: Dialect = asked or ("standard" if form == "tensorrt" else "ort")
+    if options["compute"] == "float16" and dialect == "ort":
+        raise click.UsageError("--compute float16 is for --dialect standard")
     name = take_scheme(options)
     if name is None:
         raise click.UsageError(ONE_SCHEME)
     if options["robustness"] and not options["compare"]:
         raise click.UsageError("--robustness is part of the comparison; leave out --no-compare")
     out = options.pop("out") or Path(f"{Path(model).name}-{name}")
-    request = BuildRequest(model=model, scheme=name, out=out, **options)
+    request = BuildRequest(model=model, scheme=name, out=out, dialect=dialect, **options)
     result = build_bundle(request, Console())
     if as_json:
         print_json(result.to_json())

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli.build import GROUP_SIZE, SYMMETRIC, with_blocks
 from exporter.cli.console import Console, print_json
+
+if TYPE_CHECKING:
+    from exporter.graphs.export import Compute, Dialect
 
 FOLDER = click.Path(path_type=Path)
 DEVICE = click.option(
@@ -131,29 +134,28 @@ def quantize(
     help="standard: ai.onnx operators alone, for TensorRT's parser; symmetric blocks only.",
 )
 @click.option(
-    "--arithmetic",
+    "--compute",
     type=click.Choice(("float32", "float16")),
     default="float32",
     show_default=True,
-    help="float16: for onnxruntime on a GPU (`run --device cuda`).",
+    help="What activations are. float16: for TensorRT, or (dialect ort) for `run --device cuda`.",
 )
 @out_option
 def export(
     source: Path,
     float32: bool,
     target: str,
-    dialect: Literal["ort", "standard"],
-    arithmetic: str,
+    dialect: Dialect,
+    compute: Compute,
     out: Path,
 ) -> None:
     """Write the ONNX graphs of a merged or quantized folder SOURCE."""
     from exporter.core.errors import WrongUsage
-    from exporter.graphs.half import halve_export
     from exporter.pipeline.stages import export_folder
     from exporter.pipeline.targets import choose_target
 
-    if arithmetic == "float16" and (dialect != "ort" or float32):
-        raise WrongUsage("--arithmetic float16 is for --dialect ort without --float32")
+    if compute == "float16" and float32:
+        raise WrongUsage("--compute float16 and --float32 exclude each other")
     level = choose_target(target).accuracy_level
 
     def make(folder: Path, console: Console) -> None:
@@ -163,10 +165,9 @@ def export(
             accuracy_level=level,
             float32=float32,
             dialect=dialect,
+            compute=compute,
             progress=console.advance,
         )
-        if arithmetic == "float16":
-            halve_export(folder)
 
     in_folder("export", out, make)
 

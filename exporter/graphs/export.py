@@ -16,7 +16,7 @@ from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
 from exporter.families.task_table import task_family_of
-from exporter.families.tasks import TaskFamily, task_tensors
+from exporter.families.tasks import Task, TaskFamily, task_tensors
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
 from exporter.graphs.readers import complete_for_readers, say_where_weights_lie
@@ -83,7 +83,7 @@ def export_model(  # noqa: PLR0913 (each is one decision of the caller)
         _refuse_float16(dialect, float_storage)
     task = task_family_of(config)
     if task is not None:
-        refuse_dialect(task, dialect)
+        refuse_dialect(task.TASK, dialect)
         weights = WeightSource(source, float_storage, progress)
         return _export_task(source, out, task, config, weights, float_storage)
     family = family_of(config)
@@ -150,11 +150,11 @@ def _refuse_float16(dialect: Dialect, storage: FloatStorage) -> None:
         raise WrongUsage(f"--compute float16 reads float16 weights, not {storage} ones")
 
 
-def refuse_dialect(task: TaskFamily, dialect: Dialect) -> None:
+def refuse_dialect(task: Task, dialect: Dialect) -> None:
     """Raise `InputRefused` for a dialect that the graphs of task families are not written in."""
     if dialect != "ort":
         raise InputRefused(
-            f"the {dialect} dialect is written for captioners alone, and this is a {task.TASK} model; "
+            f"the {dialect} dialect is written for captioners alone, and this is a {task} model; "
             "use --dialect ort"
         )
 

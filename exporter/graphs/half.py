@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,8 +219,3 @@ def _target(node: NodeProto) -> int:
 def _size(tensor: TensorProto) -> int:
     count = int(np.prod(tensor.dims, dtype=np.int64))
     return 4 * count if tensor.data_type == FLOAT else 0
-
-
-def halved_names(graphs: Iterable[HalvedGraph]) -> str:
-    """One line on what was turned."""
-    return ", ".join(f"{g.name}: {g.tensors} tensors, {len(g.kept)} nodes kept" for g in graphs)

@@ -14,6 +14,7 @@ from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
 from exporter.core.artifact import atomic_directory
 from exporter.core.errors import InputRefused
+from exporter.graphs.export import refuse_dialect
 from exporter.pipeline import judge, make
 from exporter.pipeline import stages as do
 from exporter.pipeline.budget import read_budget
@@ -21,6 +22,7 @@ from exporter.pipeline.calibrated import open_calibration
 from exporter.pipeline.evaluation import REFERENCE, Evaluation, open_evaluation
 from exporter.pipeline.forecast import check_scheme
 from exporter.pipeline.job import Build
+from exporter.pipeline.judge import HALF
 from exporter.pipeline.outlook import check_fit
 from exporter.pipeline.request import BuildRequest
 from exporter.pipeline.resolve import Resolved, resolve
@@ -28,7 +30,7 @@ from exporter.pipeline.stage import Artifact, Reporter, Stages
 from exporter.pipeline.targets import choose_target
 from exporter.pipeline.task_evaluation import TaskEvaluation, open_task_evaluation
 from exporter.pipeline.tools import tool_versions
-from exporter.quantizers.schemes import Scheme, find_scheme
+from exporter.quantizers.schemes import Scheme, find_scheme, for_dialect
 
 if TYPE_CHECKING:
     from exporter.compare.compare import Comparison
@@ -58,8 +60,8 @@ class BuildResult:
             return
         name = self.manifest.scheme
         known = {gate.candidate for gate in found.gates}
-        # What quantizes nothing is judged as the reference against itself.
-        name = name if name in known else NOISE_FLOOR
+        # What quantizes nothing and computes as the reference does is the reference itself.
+        name = next((n for n in (name, f"{name}-{HALF}") if n in known), NOISE_FLOOR)
         if self.tasks:
             self.tasks.enforce(name, smoke=self.smoke)
         elif self.comparison:
@@ -111,7 +113,10 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     reporter.begin("resolve", request.model)
     found = resolve(request.model, request.weights, request.adapters, offline=request.offline)
     names = dict.fromkeys((request.scheme, *request.also))
-    schemes = {n: find_scheme(found.scheme_name(n)) for n in names}
+    if found.task:
+        refuse_dialect(found.task, request.dialect)
+    dialect = request.dialect
+    schemes = {n: for_dialect(find_scheme(found.scheme_name(n)), dialect) for n in names}
     mixed = any(scheme.choices for scheme in schemes.values())
     budget = read_budget(request.max_size, request.max_kl, mixed=mixed)
     for scheme in schemes.values():
@@ -172,7 +177,10 @@ def _run(b: Build) -> BuildResult:
     needed = b.evaluation or any(scheme.calibrated for scheme in b.schemes.values())
     reference = make.export(b, merged, REFERENCE) if needed else merged
     quantized = {n: make.quantize(b, merged, reference, s) for n, s in b.schemes.items()}
-    exported = {name: make.export(b, q, b.schemes[name].name) for name, q in quantized.items()}
+    exported = {
+        name: make.export(b, q, b.schemes[name].name, candidate=True)
+        for name, q in quantized.items()
+    }
     parity = comparison = None
     if b.evaluation:
         fp32 = make.export(b, merged, "fp32")

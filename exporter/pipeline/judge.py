@@ -14,6 +14,10 @@ from exporter.pipeline.evaluation import Evaluation, compare_exported
 from exporter.pipeline.job import Build
 from exporter.pipeline.stage import Artifact
 from exporter.pipeline.task_evaluation import TaskEvaluation, check_task, compare_task
+from exporter.quantizers.schemes import Scheme
+
+# Stands behind the name of float weights that are computed in float16.
+HALF = "half"
 
 
 def pair(
@@ -62,7 +66,7 @@ def compare(
     exported: Mapping[str, Artifact],
 ) -> Artifact:
     """All schemes against the float16 model, on the evaluation set."""
-    rows = {b.schemes[n].name: e for n, e in exported.items() if e.key != reference.key}
+    rows = {_row_name(b.schemes[n]): e for n, e in exported.items() if e.key != reference.key}
     options = evaluation_options(evaluation)
     if isinstance(evaluation, Evaluation):
         options["robustness"] = evaluation.robustness
@@ -97,6 +101,11 @@ def compare(
         options=options,
         detail=f"{', '.join(rows) or 'the reference alone'} with fp16",
     )
+
+
+def _row_name(scheme: Scheme) -> str:
+    """A scheme that stores what the reference does and is here nevertheless computes otherwise."""
+    return scheme.name if scheme.quantizes else f"{scheme.name}-{HALF}"
 
 
 def evaluation_options(evaluation: Evaluation | TaskEvaluation) -> dict[str, Any]:

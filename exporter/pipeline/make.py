@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from exporter.calibrate.sets import open_set
 from exporter.core.digest import sha256_json
 from exporter.core.progress import Progress
+from exporter.graphs.export import Compute
 from exporter.pipeline import stages as do
 from exporter.pipeline.calibrated import claim_scratch, quantize_calibrated
+from exporter.pipeline.evaluation import REFERENCE, spread
 from exporter.pipeline.job import Build
 from exporter.pipeline.mixed import MixedJob, quantize_mixed
 from exporter.pipeline.stage import Artifact
@@ -17,6 +20,9 @@ from exporter.pipeline.static8 import quantize_static
 from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import Scheme
 from exporter.quantizers.settings import method_settings
+
+# Calibration images on which float16 graphs are run to find layers that leave its range.
+EXAMPLES = 4
 
 
 def merge(b: Build) -> Artifact:
@@ -88,9 +94,21 @@ def quantize(b: Build, merged: Artifact, reference: Artifact, scheme: Scheme) ->
     )
 
 
-def export(b: Build, source: Artifact, name: str) -> Artifact:
-    """The graphs of a merged or quantized model; `name` "fp32" stores float weights in 32 bits."""
+def export(b: Build, source: Artifact, name: str, *, candidate: bool = False) -> Artifact:
+    """The graphs of a merged or quantized model; `name` "fp32" stores float weights in 32 bits.
+
+    `candidate`: what is compared, rather than what it is compared with.
+    """
     level, dialect = b.target.accuracy_level, b.request.dialect
+    # What others are held against is computed in float32, whatever the rest is computed in.
+    exact = name in ("fp32", REFERENCE) and not candidate
+    compute: Compute = "float32" if exact else b.request.compute
+    options: dict[str, Any] = {"fp32": name == "fp32", "accuracy_level": level, "dialect": dialect}
+    examples: tuple[Path, ...] = ()
+    if compute != "float32":
+        images = open_set(b.request.calibration or b.found.profile.calibration)
+        examples = tuple(c.image for c in spread(images.cases(), EXAMPLES))
+        options |= {"compute": compute, "examples": images.digest}
     return b.stages.run(
         "export",
         lambda folder, p: do.export_folder(
@@ -99,10 +117,12 @@ def export(b: Build, source: Artifact, name: str) -> Artifact:
             accuracy_level=level,
             float32=name == "fp32",
             dialect=dialect,
+            compute=compute,
+            examples=examples,
             progress=p,
         ),
         version=1,
         parents=[source.key],
-        options={"fp32": name == "fp32", "accuracy_level": level, "dialect": dialect},
+        options=options,
         detail=name,
     )

@@ -13,7 +13,7 @@ class BuildRequest:
 
     `also` names further schemes that are built and compared but not packaged; `limit` bounds the
     number of evaluation cases (0: all), `robustness` of them are also perturbed; `compare` False leaves
-    parity and comparison out, which the bundle then says. `dialect`: of the graphs. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
+    parity and comparison out, which the bundle then says. `dialect` and `compute`: of the graphs, as for `graphs.export.export_model`. `max_size` and `max_kl` are the budget of a mixed scheme, as in `read_budget`.
     """
 
     model: str
@@ -39,6 +39,7 @@ class BuildRequest:
     robustness: int = 0
     sign_key: Path | None = None
     dialect: Literal["ort", "standard"] = "ort"
+    compute: Literal["float32", "float16"] = "float32"
 
     @property
     def work_folder(self) -> Path:

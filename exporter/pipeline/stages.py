@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -20,13 +20,12 @@ from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.core.progress import Progress, silent
-from exporter.graphs.export import Dialect, export_model
+from exporter.graphs.export import Compute, Dialect, export_model
+from exporter.graphs.half import halve_export
 from exporter.pipeline.evaluation import Evaluation, spread
 from exporter.pipeline.targets import choose_target
 from exporter.pipeline.tools import tool_versions
-
-if TYPE_CHECKING:
-    pass
+from exporter.runtimes.images import open_image
 
 PROOF, PARITY, COMPARISON = "merge_logits.json", "parity.json", "compare.json"
 QUANTIZATION = "quantization.json"
@@ -59,17 +58,28 @@ def export_folder(
     accuracy_level: int,
     float32: bool = False,
     dialect: Dialect = "ort",
+    compute: Compute = "float32",
+    examples: Sequence[Path] = (),
     progress: Progress = silent,
 ) -> None:
-    """Export a merged or quantized folder and check each graph once; keeps the layer list beside it."""
+    """Export a merged or quantized folder; keeps the layer list beside it.
+
+    With `compute` float16 graphs of the dialect `ort` run on a GPU alone, and those of `standard` keep
+    layers in float32 that leave float16's range on the images `examples` (none: drawn ones).
+    """
+    halve = compute == "float16" and dialect == "ort"
     export_model(
         source,
         out,
         dialect=dialect,
+        compute="float32" if halve else compute,
+        examples=[open_image(path) for path in examples],
         float_storage="float32" if float32 else "float16",
         accuracy_level=accuracy_level,
         progress=progress,
     )
+    if halve:
+        halve_export(out)
     for name in (QUANTIZATION, TRADEOFF):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

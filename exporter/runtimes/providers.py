@@ -80,7 +80,15 @@ def require_used(session: Any, name: str, lacking: str = "") -> None:
 
 
 def read_placement(session: Any) -> Placement:
-    """Where onnxruntime put each node, from a session opened with the option `RECORD`."""
+    """Where onnxruntime put each node, from a session opened with the option `RECORD`.
+
+    Raises `EnvironmentLacks` for an onnxruntime that keeps no such record.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise EnvironmentLacks(
+            "this onnxruntime does not say on which device a node runs; pip install --upgrade "
+            "'medexport[gpu]'"
+        )
     nodes: dict[str, Counter[str]] = {}
     for part in session.get_provider_graph_assignment_info():
         counts = nodes.setdefault(part.ep_name, Counter())
@@ -106,7 +114,7 @@ def check_placement(placement: Placement, operators: Mapping[str, int], name: st
     if fallen:
         raise InputRefused(
             f"{name}: onnxruntime put {_listed(fallen)} on the CPU, expected all but shape arithmetic "
-            "on the GPU; export the model with --arithmetic float16, or use --device cpu"
+            "on the GPU; export the model with --compute float16, or use --device cpu"
         )
 
 

@@ -71,17 +71,20 @@ def owner_of(sentence: Sentence, attribute: Match) -> Match | None:
     near_after = [m for m in after if m.start < end]
     if near_before:
         between = sentence.text[near_before[-1].end : attribute.start]
-        if attribute.kind == "laterality" and _PUSHES.search(between):
-            return organ_of(sentence, attribute)
-        return near_before[-1]
-    measured = _measured_organ(sentence, attribute)
-    if measured is not None:
-        return measured
-    if near_after:
-        organ = organ_of(sentence, attribute) if attribute.kind == "laterality" else None
-        between = sentence.text[attribute.end : near_after[0].start]
-        return organ if organ is not None and _CAUSE.search(between) else near_after[0]
-    return _in_other_clause(sentence, attribute, before, after)
+        pushed = attribute.kind == "laterality" and _PUSHES.search(between)
+        return organ_of(sentence, attribute) if pushed else near_before[-1]
+    return (
+        _measured_organ(sentence, attribute)
+        or (_unless_cause(sentence, attribute, near_after[0]) if near_after else None)
+        or _in_other_clause(sentence, attribute, before, after)
+    )
+
+
+def _unless_cause(sentence: Sentence, attribute: Match, mention: Match) -> Match:
+    """The mention that follows, or the organ in between where the mention is its cause."""
+    organ = organ_of(sentence, attribute) if attribute.kind == "laterality" else None
+    cause = _CAUSE.search(sentence.text[attribute.end : mention.start])
+    return organ if organ is not None and cause else mention
 
 
 def organ_of(sentence: Sentence, attribute: Match) -> Match | None:

@@ -149,7 +149,9 @@ def _names_panel(sentence: Sentence, term: Match) -> bool:
     after = [t for t in sentence.terms if t.start >= term.end]
     if around.startswith("(") and around.endswith(")"):
         return bool(before) and before[-1].kind == "modality"
-    return term.start == 0 and around.endswith(":") and after[:1] != [] and after[0].kind == "modality"
+    return (
+        term.start == 0 and around.endswith(":") and after[:1] != [] and after[0].kind == "modality"
+    )
 
 
 def _statement(sentence: Sentence, mention: Match, offset: int, words: Lexicon) -> Statement:

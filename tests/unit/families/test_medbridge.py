@@ -115,6 +115,19 @@ def test_an_untrained_plugin_is_the_frozen_clip(folder: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_training_reaches_the_plugin_and_nothing_else(folder: Path) -> None:
+    model = TorchGraphs(folder, threads=1).model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("bridge."))
+    feed = open_preparer(folder).images([noise(64, 64), noise(40, 90)])
+    model.encode_image(torch.from_numpy(feed["pixel_values"])).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("bridge."):
+            assert parameter.grad is None
+        elif not name.endswith("k_proj.bias"):  # softmax does not see what is added to all keys
+            assert parameter.grad.abs().max() > 0, name
+
+
 def test_joining_keeps_both_parts(folder: Path) -> None:
     joined = Checkpoint.open(folder)
     frozen = Checkpoint.open(folder.parent / "joined-clip")

@@ -122,6 +122,11 @@ def test_the_record_names_every_node_of_a_real_session(tmp_path: Path, exported:
         check_placement(read_placement(session), asked, "decoder")
 
 
+def test_an_onnxruntime_without_the_record_is_refused() -> None:
+    with pytest.raises(EnvironmentLacks, match="--upgrade"):
+        read_placement(SimpleNamespace())
+
+
 # The rule.
 
 
@@ -163,7 +168,7 @@ def test_what_cuda_has_no_kernel_for_is_refused_before_loading(tmp_path: Path) -
         return scan_graph(write_graph(tmp_path / "g.onnx", [node], inputs, "y"))
 
     ort_cuda.check_graph(facts("GroupQueryAttention", FLOAT16), "g.onnx")
-    with pytest.raises(InputRefused, match="--arithmetic float16"):
+    with pytest.raises(InputRefused, match="--compute float16"):
         ort_cuda.check_graph(facts("GroupQueryAttention", FLOAT), "g.onnx")
     with pytest.raises(InputRefused, match="int8-static is for CPUs"):
         ort_cuda.check_graph(facts("MatMulIntegerToFloat", FLOAT16), "g.onnx")

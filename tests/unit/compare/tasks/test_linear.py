@@ -104,6 +104,7 @@ def test_a_loss_at_the_margin_passes_in_five_of_a_hundred() -> None:
         tops[i] = change.reshape(groups, each).sum(1)
     low, _ = studentised_bounds(tops, np.full((sets, groups), float(each)), resamples=2000)
     passes = int((low >= -margin).sum())
+    print(f"\n{100 * passes / sets:.1f} % of {sets} gates passed a loss at the margin")
     assert stats.binomtest(passes, sets).proportion_ci(0.95).low <= 0.05
     assert 0.01 < passes / sets
 
