@@ -174,8 +174,8 @@ def one(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]
     missing = [m for m in NEEDS[case.runtime] if find_spec(m) is None]
     if missing:
         return {"skipped": f"not installed: {', '.join(missing)}"}
-    if case.runtime == "tensorrt" and options.device == "cpu":
-        return {"skipped": "TensorRT runs on a GPU only"}
+    if case.runtime == "tensorrt" and (why := _no_engine(case, options)):
+        return {"skipped": why}
     place = folder / f"{case.model}-{case.runtime}-{case.precision}"
     shutil.rmtree(place, ignore_errors=True)
     try:
@@ -186,6 +186,19 @@ def one(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]
     finally:
         # Two of the large ones may not fit on the disk.
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _no_engine(case: Case, options: argparse.Namespace) -> str:
+    """Why no engine can be measured; empty where one can."""
+    from exporter.catalog.profiles import find_model
+
+    if options.device == "cpu":
+        return "TensorRT runs on a GPU only"
+    if find_model(case.model).builtin is None:
+        return (
+            "an engine's shapes follow from the model's own tokenizer and image settings: demo only"
+        )
+    return ""
 
 
 def child(command: str, case: Case, place: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def export(
     if runtime == "tensorrt":
         from exporter.engines.build import build_engines
 
-        export_model(weights, out, dialect="standard")
+        export_model(weights, out, dialect="standard", compute="float16")
         build_engines(out / "model", out / "export.json", folder / ENGINES)
     else:
         # Level 0 is what the CUDA kernel does whatever is asked: float16 after unpacking.

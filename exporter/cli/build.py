@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,11 +226,31 @@ def build(model: str, form: str, as_json: bool, **options: Any) -> None:
     out = options.pop("out") or Path(f"{Path(model).name}-{name}")
     request = BuildRequest(model=model, scheme=name, out=out, dialect=dialect, **options)
     result = build_bundle(request, Console())
+    engines = _engines(out) if form == "tensorrt" else {}
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | ({"engines": engines} if engines else {}))
     else:
         click.echo(result.to_text())
+        for name, value in engines.items():
+            click.echo(f"engines  {name}: {value}")
     result.enforce()
+
+
+def _engines(bundle: Path) -> dict[str, str]:
+    """Build the engines of a bundle where there is TensorRT; elsewhere say what to do."""
+    from exporter.core.errors import EnvironmentLacks
+    from exporter.pipeline.engines import SiteRequest, build_site_engines
+
+    console = Console()
+    console.begin("engines", bundle.name)
+    start = time.perf_counter()
+    try:
+        made = build_site_engines(bundle, SiteRequest(check_files=False), progress=console.advance)
+    except EnvironmentLacks as error:
+        console.end(time.perf_counter() - start, cached=False, note="none built on this machine")
+        return {"none here": str(error), "on the target": f"medexport engine build {bundle}"}
+    console.end(time.perf_counter() - start, cached=False, note=str(made.report.folder))
+    return {"folder": str(made.report.folder), "self-test": f"{len(made.test.cases)} captions"}
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,10 @@ import click
 from exporter.cli.console import Console, print_json
 
 if TYPE_CHECKING:
-    from exporter.bundle.manifest import Manifest
-    from exporter.engines.golden import Golden
     from exporter.engines.site import Rebuilt
 
 PATH = click.Path(path_type=Path)
 MIB = 2**20
-# Where a bundle keeps the optimization profiles of its graphs, and what its models said.
-EXPORT, COMPARISON, CASES = "export.json", "compare.json", "cases.jsonl"
 
 
 @click.group()
@@ -69,10 +64,13 @@ def build(bundle: Path, as_json: bool, **options: Any) -> None:
     Their captions must have the tokens that the graphs give; engines that say something else are
     deleted (exit 1), and the ONNX graphs stay in use.
     """
+    from exporter.pipeline.engines import SiteRequest, build_site_engines
+
     console = Console()
     console.begin("engine build", bundle.name)
     start = time.perf_counter()
-    made = _build(bundle, _Asked(**options), console)
+    options["workspace"] = options["workspace"] and options["workspace"] * MIB
+    made = build_site_engines(bundle, SiteRequest(**options), progress=console.advance)
     console.end(time.perf_counter() - start, cached=False, note=str(made.report.folder))
     if as_json:
         print_json(_as_json(made))
@@ -121,101 +119,6 @@ def check(bundle: Path, engines: Path | None, as_json: bool) -> None:
         )  # fmt: skip
         return
     click.echo(f"ready: {folder} on {gpu} with TensorRT {version}")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The options of `medexport engine build`."""
-
-    out: Path | None
-    workspace: int | None
-    level: int
-    version_compatible: bool
-    weight_streaming: bool
-    tf32: bool
-    evaluation: str
-    cases: int
-    threads: int | None
-    check_files: bool
-
-
-def _build(bundle: Path, asked: _Asked, console: Console) -> Rebuilt:
-    from exporter.bundle.manifest import read_manifest
-    from exporter.bundle.verify import verify_bundle
-    from exporter.core.errors import InputRefused
-    from exporter.engines.options import EngineOptions
-    from exporter.engines.site import rebuild
-    from exporter.runtimes.trt_api import load_tensorrt
-
-    load_tensorrt()  # before gigabytes are read
-    if asked.check_files:
-        manifest = verify_bundle(bundle, progress=console.advance).manifest
-    else:
-        manifest = read_manifest(bundle)
-    record = bundle / "reports" / EXPORT
-    if manifest.dialect != "standard" or not record.is_file():
-        lacks = (
-            f"has no reports/{EXPORT}" if manifest.dialect == "standard" else "is not for TensorRT"
-        )
-        raise InputRefused(
-            f"{bundle}: its dialect is '{manifest.dialect}' and it {lacks}; expected graphs of the "
-            "standard dialect with their optimization profiles: build it with --format tensorrt"
-        )
-    options = EngineOptions(
-        version_compatible=asked.version_compatible,
-        weight_streaming=asked.weight_streaming,
-        tf32=asked.tf32,
-        level=asked.level,
-        workspace=asked.workspace and asked.workspace * MIB,
-    )
-    return rebuild(
-        bundle,
-        record,
-        _golden(bundle, manifest, asked),
-        out=asked.out,
-        options=options,
-        threads=asked.threads,
-        progress=console.advance,
-    )
-
-
-def _golden(bundle: Path, manifest: Manifest, asked: _Asked) -> Golden:
-    """Cases of an image set, with the tokens that the bundle's own comparison recorded for them."""
-    from exporter.core.digest import sha256_file
-    from exporter.engines.golden import Golden, GoldenCase
-    from exporter.pipeline.evaluation import open_evaluation
-
-    usage = manifest.usage
-    chosen = open_evaluation(
-        asked.evaluation,
-        limit=asked.cases,
-        prompt=usage.prompt,
-        max_new_tokens=usage.max_new_tokens,
-    )
-    said = _recorded(bundle, manifest)
-    cases = [
-        GoldenCase(c.id, c.image, said.get((c.id, sha256_file(c.image)))) for c in chosen.cases
-    ]
-    return Golden(cases, usage.prompt, usage.max_new_tokens)
-
-
-def _recorded(bundle: Path, manifest: Manifest) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Tokens of the bundle's captions by case and image digest, where it was asked what its users ask."""
-    from exporter.compare.check import read_cases
-    from exporter.compare.compare import read_comparison
-
-    reports, usage = bundle / "reports", manifest.usage
-    if not ((reports / COMPARISON).is_file() and (reports / CASES).is_file()):
-        return {}
-    comparison = read_comparison(reports / COMPARISON)
-    if (comparison.prompt, comparison.max_new_tokens) != (usage.prompt, usage.max_new_tokens):
-        return {}
-    rows = read_cases(reports / CASES)
-    return {
-        (case, row.sha256): row.captions[manifest.scheme].ids
-        for case, row in rows.items()
-        if manifest.scheme in row.captions and row.captions[manifest.scheme].ids
-    }
 
 
 def _as_json(made: Rebuilt) -> dict[str, Any]:

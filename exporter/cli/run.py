@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,10 @@ from exporter.cli.answers import Question, answer, show, split_labels
 from exporter.cli.console import print_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from exporter.bundle.manifest import Manifest
+    from exporter.runtimes.base import Captioner
     from exporter.runtimes.providers import Device
 
 FILE = click.Path(path_type=Path)
@@ -37,6 +43,13 @@ FILE = click.Path(path_type=Path)
     help="cuda: the first NVIDIA GPU; nothing falls back to the CPU.",
 )
 @click.option(
+    "--runtime",
+    type=click.Choice(("onnxruntime", "tensorrt")),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt: engines of `medexport engine build`; the graph where they are refused, said aloud.",
+)
+@click.option(
     "--verify/--no-verify", "check", default=True, help="Check all files first (default)."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -50,7 +63,7 @@ def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
     from exporter.bundle.verify import verify_bundle
 
     manifest = verify_bundle(bundle).manifest if check else read_manifest(bundle)
-    threads, device = options.pop("threads"), options.pop("device")
+    where = _Where(options["threads"], options["device"], options["runtime"])
     usage = manifest.usage
     asked = Question(
         inputs=options["inputs"],
@@ -63,32 +76,62 @@ def run(bundle: Path, check: bool, as_json: bool, **options: Any) -> None:
     if usage.task == "caption":
         if asked.labels or asked.template or asked.masks:
             raise click.UsageError("--labels, --template and --masks: this bundle's model captions")
-        _caption(bundle, manifest, asked, (threads, device), as_json)
+        _caption(bundle, manifest, asked, where, as_json)
         return
-    if device != "cpu":
+    if where.device != "cpu" or where.runtime != "onnxruntime":
         raise click.UsageError(
-            "--device cuda is for bundles that caption; this one runs on the CPU"
+            "only bundles that caption run on a GPU; leave --device and --runtime"
         )
-    found = answer(bundle / "model", usage.task, asked, threads)
+    found = answer(bundle / "model", usage.task, asked, where.threads)
     if as_json:
         print_json({"bundle": manifest.name, "digest": manifest.digest, **found})
     else:
         show(usage.task, found)
 
 
-def _caption(
-    bundle: Path,
-    manifest: Manifest,
-    asked: Question,
-    where: tuple[int | None, Device],
-    as_json: bool,
-) -> None:
-    from exporter.runtimes.images import open_image
+@dataclass(frozen=True)
+class _Where:
+    """What a captioner runs on."""
+
+    threads: int | None
+    device: Device
+    runtime: str
+
+
+@contextmanager
+def _open(bundle: Path, where: _Where) -> Iterator[tuple[Captioner, dict[str, str]]]:
+    """The captioner, and what --json says of its runtime. A fallback is announced on stderr."""
     from exporter.runtimes.ort import OrtCaptioner
 
+    if where.runtime == "onnxruntime":
+        made = OrtCaptioner(bundle / "model", threads=where.threads, device=where.device)
+        yield made, {"runtime": "onnxruntime"}
+        return
+    from exporter.engines.site import open_captioner
+
+    def announce(line: str) -> None:
+        click.echo(f"medexport: {line}", err=True)
+
+    with open_captioner(bundle, threads=where.threads, announce=announce) as opened:
+        yield opened.captioner, {"runtime": opened.runtime, "fallback": opened.fallback}
+
+
+def _caption(
+    bundle: Path, manifest: Manifest, asked: Question, where: _Where, as_json: bool
+) -> None:
+    from exporter.runtimes.images import open_image
+
     pictures = [open_image(path) for path in asked.inputs]
-    threads, device = where
-    captioner = OrtCaptioner(bundle / "model", threads=threads, device=device)
+    with _open(bundle, where) as (captioner, runtime):
+        rows = _captions(captioner, asked, pictures, as_json)
+    if as_json:
+        head = {"bundle": manifest.name, "digest": manifest.digest, "prompt": asked.prompt}
+        print_json(head | runtime | {"results": rows})
+
+
+def _captions(
+    captioner: Captioner, asked: Question, pictures: Sequence[Image], as_json: bool
+) -> list[dict[str, Any]]:
     rows = []
     for path, picture in zip(asked.inputs, pictures, strict=True):
         caption = captioner.caption(picture, asked.prompt, asked.max_new_tokens)
@@ -103,9 +146,7 @@ def _caption(
                 "seconds": {"first_token": timing.first_token, "total": timing.total},
             }
         )  # fmt: skip
-    if as_json:
-        head = {"bundle": manifest.name, "digest": manifest.digest, "prompt": asked.prompt}
-        print_json(head | {"results": rows})
+    return rows
 
 
 COMMANDS = (run,)

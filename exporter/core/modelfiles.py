@@ -38,7 +38,9 @@ DANGEROUS_KEYS = frozenset(
         "trust_remote_code",
     }
 )
-MODELING = re.compile(r"transformers\.models\.\w+\.modeling_\w+", re.ASCII)
+MODELING = re.compile(
+    r"transformers\.models\.\w+\.modeling_\w+|exporter\.families\.\w+_torch", re.ASCII
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def copy_small_files(source: Path, target: Path) -> list[str]:
 
 def _is_harmless(key: str, value: Any) -> bool:
     # Peft writes megatron_core always (unused without a megatron_config) and, without a task_type,
-    # the class that was trained; a module of transformers itself is no foreign code.
+    # the class that was trained; a module of transformers or of ours is no foreign code.
     if value is None or (key == "trust_remote_code" and value is False):
         return True
     if key == "megatron_core":

@@ -68,7 +68,7 @@ def halve_export(exported: Path) -> tuple[HalvedGraph, ...]:
             f"{exported}: dialect {record.get('dialect')!r}; float16 arithmetic is for 'ort'"
         )
     made = tuple(halve_graph(p) for p in sorted((exported / "model" / "onnx").glob("*.onnx")))
-    write_atomic(exported / "export.json", canonical_json({**record, "arithmetic": "float16"}))
+    write_atomic(exported / "export.json", canonical_json({**record, "compute": "float16"}))
     return made
 
 

@@ -36,14 +36,29 @@ Matrix = FloatArray | PackedMatrix | Nf4Matrix | StaticMatrix | WatchedMatrix | 
 
 
 def take_rows(matrix: Matrix, rows: slice) -> Matrix:
-    """Some rows of a float or packed matrix, exactly. Raises ValueError for another form."""
+    """Some rows of a float, packed or NF4 matrix, exactly.
+
+    Raises ValueError for another form, and for rows that are no whole NF4 blocks.
+    """
     if isinstance(matrix, np.ndarray):
         return matrix[rows]
+    if isinstance(matrix, Nf4Matrix):
+        return _take_nf4(matrix, *rows.indices(matrix.rows)[:2])
     if not isinstance(matrix, PackedMatrix):
         raise ValueError(f"rows of a {type(matrix).__name__} are not taken apart")
     zeros = None if matrix.zero_points is None else matrix.zero_points[rows]
     qdata, scales = matrix.qdata[rows], matrix.scales[rows]
     return PackedMatrix(matrix.format, matrix.columns, qdata, scales, zeros)
+
+
+def _take_nf4(matrix: Nf4Matrix, first: int, last: int) -> Nf4Matrix:
+    begin, end = first * matrix.columns, last * matrix.columns
+    # Blocks run over the flattened matrix, two values a byte.
+    if begin % matrix.block or end % matrix.block:
+        raise ValueError(f"rows {first} to {last} are no whole blocks of {matrix.block}")
+    blocks = slice(begin // matrix.block, end // matrix.block)
+    data, absmax = matrix.data[begin // 2 : end // 2], matrix.absmax[blocks]
+    return Nf4Matrix(last - first, matrix.columns, matrix.block, data, absmax)
 
 
 def stack_rows(parts: Sequence[Matrix]) -> Matrix:

@@ -9,7 +9,7 @@ from typing import Any
 from tests.support.tiny import SENTENCES
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-POSITIONS = 64
+POSITIONS = 320
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 
 

@@ -59,7 +59,7 @@ def test_help_costs_less_than_half_a_second_over_a_bare_start():
     assert extra < ALLOWED_S, f"bare {sorted(bare)}, help {sorted(ours)}"
 
 
-DEPLOYED = ("core", "catalog", "families", "runtimes", "bundle")
+DEPLOYED = ("core", "catalog", "families", "runtimes", "bundle", "engines")
 
 
 @pytest.mark.parametrize("room", DEPLOYED)

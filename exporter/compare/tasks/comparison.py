@@ -42,6 +42,7 @@ from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.progress import Progress, silent
 from exporter.core.text_cases import TextCase
 from exporter.families.tasks import Task
+from exporter.runtimes.tasks.zero_shot import label_texts
 
 __all__ = ["TaskComparison", "compare_tasks", "read_task_comparison"]
 
@@ -78,7 +79,7 @@ def compare_tasks(  # noqa: PLR0913 (each is one decision of the caller)
     Writes compare.json, cases.jsonl, report.html and junit.xml into `out`; the processes' own files
     are in `out`/work until all are done. `prompt`: the text around a label (with ``{}``; empty: the
     model's own), for masks too; for summaries the words before each text. `annotations`: see
-    `measure.read_annotations`. Raises `WrongUsage` on bad names, `InputRefused` on bad models,
+    `measure.read_annotations`. Raises `WrongUsage` on bad names or prompts, `InputRefused` on bad models,
     images or annotations, `EnvironmentLacks` when a process was killed.
     """
     if reference not in candidates:
@@ -86,6 +87,8 @@ def compare_tasks(  # noqa: PLR0913 (each is one decision of the caller)
     names = [reference, *(n for n in candidates if n != reference)]
     models = [Candidate(name, candidates[name]) for name in names]
     check_candidates(models)
+    if prompt and task in ("zero-shot", "segmentation"):
+        label_texts(("label",), prompt)  # refuses a template without a place for it
     marked = read_annotations(annotations) if annotations else {}
     measure = open_measure(task, cases, marked)
     speed = speed or SpeedPlan(seconds=20.0)

@@ -17,7 +17,7 @@ from exporter.compare.jobs import Scores
 from exporter.core.artifact import write_atomic
 from exporter.core.data import PACKAGE
 from exporter.core.digest import sha256_json
-from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
+from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError, WrongUsage
 from exporter.core.progress import Progress, silent
 from exporter.families.tasks import Task
 
@@ -181,7 +181,7 @@ def _explained(job: TaskJob, code: int, log: Path) -> MedexportError:
         return EnvironmentLacks(
             f"{what} was ended by {name}{hint} Run the same command again; last lines: {last}"
         )
-    for kind in (InputRefused, EnvironmentLacks):
+    for kind in (WrongUsage, InputRefused, EnvironmentLacks):
         if code == kind.exit_code:
             return kind(f"{what}: {lines[-1] if lines else last}")
     return MedexportError(

@@ -28,8 +28,8 @@ from exporter.compare.statistics import (
 from exporter.compare.verdict import Quantity
 
 Float64 = NDArray[np.float64]
-# Draws of up to so many numbers are kept: 80 MB.
-KEPT = 10_000_000
+# Draws of up to so many counts are kept, one byte each.
+KEPT = 200_000_000
 
 
 def auroc_values(scores: ArrayLike, positive: ArrayLike, used: ArrayLike | None = None) -> Float64:
@@ -116,20 +116,27 @@ def bootstrap_interval(sums: Sums) -> Interval:
     top, bottom = (cluster_sums(side, sums.patients) for side in (sums.tops, sums.bottoms))
     if bottom.sum() <= 0:
         raise ValueError("nothing to average: the denominators sum to zero")
-    drawn = _draws(groups)
-    below = drawn @ bottom
+    ratios = []
+    for part in _draws(groups):
+        drawn = part.astype(np.float64)
+        below = drawn @ bottom
+        ratios.append((drawn @ top)[below > 0] / below[below > 0])
     tail = (1 - CONFIDENCE) / 2
-    ratios = (drawn @ top)[below > 0] / below[below > 0]
-    low, high = np.quantile(ratios, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return Interval(float(top.sum() / bottom.sum()), float(low), float(high))
 
 
-@lru_cache(maxsize=2)
-def _draws(groups: int) -> Float64:
-    """Clusters drawn with replacement, as counts ``[resamples, groups]``."""
+@lru_cache(maxsize=1)
+def _draws(groups: int) -> tuple[NDArray[np.uint8], ...]:
+    """Clusters drawn with replacement, as counts ``[resamples, groups]`` in parts."""
     rng = np.random.default_rng(SEED)
-    drawn = rng.multinomial(groups, np.full(groups, 1 / groups), size=RESAMPLES)
-    return drawn.astype(np.float64)
+    # The parts of `bootstrap_ratio`, so that the same numbers are drawn. A group is drawn once in the
+    # mean: no count comes near 255.
+    step = max(1, 20_000_000 // groups)
+    even = np.full(groups, 1 / groups)
+    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    parts = [rng.multinomial(groups, even, size=size) for size in sizes]
+    return tuple(part.astype(np.uint8) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from exporter.compare.tasks.table import figure_rows
 from exporter.compare.tasks.wording import (
     TITLES,
     candidates_of,
+    ordered,
     shown,
     shown_gates,
     smoke_note,
@@ -100,7 +101,7 @@ def _summary(c: TaskComparison) -> str:
         f"<p>{html.text(said)}</p>\n",
         html.table("All models; differences from the reference stand below", header, rows),
     ]
-    names = list(dict.fromkeys(n for row in c.rows for n in row.differences))
+    names = ordered(n for row in c.rows for n in row.differences)
     others = [row for row in c.rows if row.role != "reference"]
     if names:
         cells = [

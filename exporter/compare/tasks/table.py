@@ -7,6 +7,7 @@ import textwrap
 from exporter.compare.tasks.records import TaskComparison, TaskRow
 from exporter.compare.tasks.wording import (
     candidates_of,
+    ordered,
     shown,
     shown_gates,
     smoke_note,
@@ -48,8 +49,8 @@ def task_table(c: TaskComparison) -> str:
 
 def figure_rows(c: TaskComparison) -> list[tuple[str, ...]]:
     """A header and one row per figure, a column per model."""
-    names = list(dict.fromkeys(n for row in c.rows for n in row.figures))
-    steps = list(dict.fromkeys(s for row in c.rows if row.speed for s in row.speed.steps))
+    names = ordered(n for row in c.rows for n in row.figures)
+    steps = ordered(s for row in c.rows if row.speed for s in row.speed.steps)
     rows = [("figure", *(row.name for row in c.rows))]
     rows += [(n, *(shown(r.figures.get(n), bounds=False) for r in c.rows)) for n in names]
     rows.append(("MB on disk", *(megabytes(r.bytes) for r in c.rows)))
@@ -73,7 +74,9 @@ def _notes(c: TaskComparison) -> list[str]:
     )
     notes = [first]
     for row in candidates_of(c):
-        moved = "; ".join(f"{n} {shown(f, signed=True)}" for n, f in row.differences.items())
+        moved = "; ".join(
+            f"{n} {shown(row.differences[n], signed=True)}" for n in ordered(row.differences)
+        )
         if moved:
             notes.append(f"{row.name} minus reference: {moved}.")
     return [*notes, f"Intervals: {c.method['intervals']}."]

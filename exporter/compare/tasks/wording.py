@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from exporter.compare.candidates import NOISE_FLOOR
@@ -22,6 +23,18 @@ TITLES = {
     "text-encoder": "Text encoder",
     "summary": "Summaries",
 }
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Each name once, numbers by their value: recall@5 before recall@10.
+
+    compare.json sorts its keys, so that a comparison that was read has no other order.
+    """
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+
+    return sorted(set(names), key=key)
 
 
 def shown(figure: Figure | None, *, signed: bool = False, bounds: bool = True) -> str:

@@ -19,8 +19,11 @@ from exporter.families.base import Preparer
 
 # Tokens of text kept free for a prompt longer than the one measured.
 TEXT = 256
-# Height and width of images at which families cut into most tiles: square, wide, tall, small.
-PROBES = ((1536, 1536), (512, 1536), (1536, 512), (512, 2048), (2048, 512), (32, 32))
+# Height and width of images at which families cut into most tiles (square, wide, tall) and fewest
+# (small, narrow).
+LARGE = ((1536, 1536), (512, 1536), (1536, 512), (512, 2048), (2048, 512))
+SMALL = ((32, 32), (8, 8), (20, 20), (64, 64), (8, 64), (64, 8), (32, 512), (512, 32))
+PROBES = (*LARGE, *SMALL)
 KEPT = "num_logits_to_keep"
 PREFIX = "prefix_length"
 # Counts of things of one size, of which there may be any number from one on.

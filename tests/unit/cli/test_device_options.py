@@ -1,4 +1,4 @@
-"""--arithmetic and --device: what they write, what they ask for, what they refuse."""
+"""--compute and --device: what they write, what they ask for, what they refuse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(merged: Path) -> Path:
     out = merged.parent / "half"
-    code = run(["export", str(merged), "--arithmetic", "float16", "--out", str(out)])
+    code = run(["export", str(merged), "--compute", "float16", "--out", str(out)])
     assert code == 0
     return out
 
@@ -66,7 +66,7 @@ def image(exported: Path) -> Path:
 
 
 def test_an_export_says_its_arithmetic(exported: Path, merged: Path, tmp_path: Path) -> None:
-    assert json.loads((exported / "export.json").read_text())["arithmetic"] == "float16"
+    assert json.loads((exported / "export.json").read_text())["compute"] == "float16"
     decoder = exported / "model" / "onnx" / "decoder_model_merged.onnx"
     session = ort.InferenceSession(str(decoder), providers=["CPUExecutionProvider"])
     kinds = {i.type for i in session.get_inputs() if i.name.startswith("past_")}
@@ -79,14 +79,13 @@ def test_an_export_says_its_arithmetic(exported: Path, merged: Path, tmp_path: P
         assert (exported / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("more", [["--dialect", "standard"], ["--float32"]])
-def test_float16_is_for_float16_weights_of_one_dialect(
-    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+def test_float16_and_float32_exclude_each_other(
+    merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    code = run(["export", str(merged), "--arithmetic", "float16", "--out", str(out), *more])
+    code = run(["export", str(merged), "--compute", "float16", "--float32", "--out", str(out)])
     assert code == 2
-    assert "without --float32" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -67,7 +67,7 @@ def test_compare_hands_the_number_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compared, "compare_any", look)
     done = CliRunner().invoke(compare, ["a", "b", "--robustness", "3"])
     assert isinstance(done.exception, Seen)
-    assert asked == [compared.Asked("phantoms-eval", robustness=3)]
+    assert asked == [compared.Asked(None, robustness=3)]
 
 
 def test_build_refuses_it_without_a_comparison() -> None:

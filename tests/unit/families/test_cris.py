@@ -129,6 +129,24 @@ def test_layers_of_pixels_and_words_are_quantized(
     assert "batch norm" in reasons["neck.aggr.1.running_var"]
 
 
+@pytest.mark.parametrize("scheme", ["int4-rtn", "bnb-nf4", "bnb-int8"])
+def test_parts_of_one_matrix_are_taken_apart_in_every_form(
+    built: tuple[Path, Path, Path], tmp_path: Path, scheme: str
+) -> None:
+    """Queries, keys and values are rows of one stored matrix, and see other inputs."""
+    quantized, out = tmp_path / "quantized", tmp_path / "out"
+    quantized.mkdir()
+    out.mkdir()
+    quantize_model(built[1], quantized, find_scheme(scheme), threads=1)
+    export_model(quantized, out)
+    picture = noise(64, 64)
+    found, expected = (
+        Segmenter(g).logits(picture, LABELS)
+        for g in (OrtGraphs(out / "model", threads=1), TorchGraphs(quantized, threads=1))
+    )
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

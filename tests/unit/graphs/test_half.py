@@ -106,8 +106,8 @@ def test_stored_weights_stay_as_they_are(built: Built) -> None:
 
 def test_the_export_says_so_and_only_once(built: Built, tmp_path: Path) -> None:
     record = json.loads((built.half / "export.json").read_text())
-    assert record["arithmetic"] == "float16"
-    assert "arithmetic" not in json.loads((built.float32 / "export.json").read_text())
+    assert record["compute"] == "float16"
+    assert "compute" not in json.loads((built.float32 / "export.json").read_text())
     # Turning again changes nothing but the record's order of events: there is no float32 left.
     shutil.copytree(built.half, tmp_path / "again")
     assert [g.tensors for g in halve_export(tmp_path / "again")] == [0, 0, 0]

@@ -156,6 +156,8 @@ def test_the_table_fits_and_begins_with_the_verdict(done: Done) -> None:
     assert max(map(len, lines)) <= 100
     assert re.match(r"(PASS|FAIL|INCONCLUSIVE) \(smoke test\): int8 against fp16", lines[0])
     assert any(line.startswith("ms per image") for line in lines)
+    rows = [line for line in lines if line.startswith("retrieval image-text recall@")]
+    assert [row.split("@")[1].split()[0] for row in rows] == ["1", "5", "10"]
 
 
 def test_the_report_is_whole_and_safe(done: Done) -> None:
@@ -237,6 +239,8 @@ def test_wrong_questions(models: Models, tmp_path: Path) -> None:
     folder = {"fp16": models.fp16}
     with pytest.raises(WrongUsage, match="no model 'int8'"):
         compare_tasks("zero-shot", folder, "int8", cases, tmp_path, threads=1)
+    with pytest.raises(WrongUsage, match="expected one {} for the label"):
+        compare_tasks("zero-shot", folder, "fp16", cases, tmp_path, prompt="a photo", threads=1)
     with pytest.raises(WrongUsage, match="expected at least one, of texts"):
         compare_tasks("summary", folder, "fp16", cases, tmp_path, threads=1)
     with pytest.raises(InputRefused, match="same id"):

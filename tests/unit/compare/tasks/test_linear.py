@@ -133,9 +133,11 @@ def test_figures_count_the_cases_that_have_them() -> None:
     assert found.low == found.high == 1.0
 
 
-def test_kept_draws_change_nothing() -> None:
-    rng = np.random.default_rng(8)
-    tops, bottoms, patients = rng.normal(size=90), rng.random(90), (np.arange(90) // 2).tolist()
+@pytest.mark.parametrize("groups", [45, 2001], ids=["one part", "two parts"])
+def test_kept_draws_change_nothing(groups: int) -> None:
+    rng, count = np.random.default_rng(8), 2 * groups
+    tops, bottoms = rng.normal(size=count), rng.random(count)
+    patients = (np.arange(count) // 2).tolist()
     sums = Sums(tops.tolist(), bottoms.tolist(), patients)
     assert bootstrap_interval(sums) == bootstrap_ratio(tops, bottoms, patients)
 
