@@ -71,15 +71,18 @@ class Pool:
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
-        self._normal = (rng.standard_normal(POOL, np.float32) * np.float32(0.02)).astype(np.float16)
-        self._bytes = rng.integers(0, 256, POOL, np.uint8)
+        normal = (rng.standard_normal(POOL, np.float32) * np.float32(0.02)).astype(np.float16)
+        # Twice, so that a run may begin anywhere.
+        self._normal = np.tile(normal, 2)
+        self._bytes = np.tile(rng.integers(0, 256, POOL, np.uint8), 2)
 
     def take(self, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """The values of a stored tensor; scales are small and positive, norms near one."""
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:3], "little")
         count = int(np.prod(shape, dtype=np.int64))
         source = self._bytes if dtype == "U8" else self._normal
-        values = np.resize(np.roll(source, -start), count).reshape(shape)
+        run = source[start : start + POOL]
+        values = (run[:count] if count <= POOL else np.resize(run, count)).reshape(shape)
         if dtype == "U8":
             return values
         if dtype == "F32" or name.endswith(".scales"):

@@ -34,13 +34,14 @@ def ratio_bounds(
 
     With paired differences as numerators this is the paired cluster bootstrap. `unit` is the
     smallest change a cluster can show (one fact, one token): see `few_bounds`. One cluster alone
-    has infinite bounds. Raises ValueError when the denominators sum to zero.
+    has infinite bounds, and so have fewer than `FEW` of which any moved. Raises ValueError when the denominators sum to zero.
     """
     top, bottom = cluster_sums(numerators, clusters), cluster_sums(denominators, clusters)
     if bottom.sum() <= 0:
         raise ValueError("nothing to average: the denominators sum to zero")
     value = float(top.sum() / bottom.sum())
-    if len(top) < 2:
+    # Fewer clusters than FEW of which any moved do not say how far a further one may move.
+    if len(top) < 2 or (len(top) < FEW and np.any(top)):
         return Interval(value, -float("inf"), float("inf"))
     if np.count_nonzero(top) < FEW:
         low, high = few_bounds(top, float(bottom.sum()), unit)

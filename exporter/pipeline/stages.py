@@ -28,7 +28,7 @@ from exporter.pipeline.tools import tool_versions
 from exporter.runtimes.images import open_image
 
 PROOF, PARITY, COMPARISON = "merge_logits.json", "parity.json", "compare.json"
-QUANTIZATION = "quantization.json"
+QUANTIZATION, JUNIT = "quantization.json", "junit.xml"
 # Above this size the logits of the whole model are not computed a second time in torch.
 PROOF_LIMIT = 4 << 30
 PARITY_CASES = 16
@@ -175,6 +175,8 @@ def collect_reports(
     if comparison:
         for name in (COMPARISON, "cases.jsonl", "report.html"):
             reports[name] = comparison / name
+        if (comparison / JUNIT).is_file():
+            reports[JUNIT] = comparison / JUNIT
         checks["comparison"] = read_json(comparison / COMPARISON)["summary"]
     return reports, checks
 

@@ -78,4 +78,5 @@ def compare_task_models(
         smoke=evaluation.smoke,
         lineage=lineage,
         progress=progress,
+        annotations=evaluation.annotations,
     )

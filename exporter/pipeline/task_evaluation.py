@@ -11,7 +11,7 @@ from exporter.calibrate.sets import open_set
 from exporter.calibrate.textset import open_text_set
 from exporter.catalog.schema import TaskGate
 from exporter.core.cases import Case
-from exporter.core.digest import canonical_json
+from exporter.core.digest import canonical_json, sha256_file, sha256_json
 from exporter.core.progress import Progress, silent
 from exporter.core.text_cases import TextCase
 from exporter.families.tasks import Task
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # What a task is compared on where nothing is given.
 IMAGES, TEXTS = "phantoms-eval", "reports-eval"
+# Beside set.json, a line per case: id, labels (name: true or false), masks (label: file).
+ANNOTATIONS = "annotations.jsonl"
 SETS: Mapping[Task, str] = {
     "zero-shot": IMAGES,
     "segmentation": IMAGES,
@@ -33,7 +35,10 @@ SETS: Mapping[Task, str] = {
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """The images or texts that models are run on, and how."""
+    """The images or texts that models are run on, and how.
+
+    `annotations`: labels and masks of the images, where the set has them; `set_digest` covers them.
+    """
 
     task: Task
     set_name: str
@@ -44,6 +49,7 @@ class TaskEvaluation:
     threads: int
     gate: TaskGate
     smoke: bool
+    annotations: Path | None = None
 
 
 def open_task_evaluation(
@@ -61,6 +67,7 @@ def open_task_evaluation(
     Raises `WrongUsage` when there is no such set, `InputRefused` when it was changed.
     """
     found = name or SETS[task]
+    annotations: Path | None = None
     cases: tuple[Case, ...] | tuple[TextCase, ...]
     if SETS[task] == TEXTS:
         texts = open_text_set(found)
@@ -68,8 +75,10 @@ def open_task_evaluation(
         cases = texts.samples[:limit] if limit else texts.samples
     else:
         images = open_set(found)
-        title, digest = images.name, images.digest
         cases = spread(images.cases(), limit)
+        found_at = images.samples[0].image_path.parent.parent / ANNOTATIONS
+        annotations = found_at if found_at.is_file() else None
+        title, digest = images.name, _with_annotations(images.digest, annotations)
     return TaskEvaluation(
         task=task,
         set_name=title,
@@ -80,7 +89,21 @@ def open_task_evaluation(
         threads=threads or usable_cores(),
         gate=gate or TaskGate(),
         smoke=limit > 0,
+        annotations=annotations,
     )
+
+
+def _with_annotations(digest: str, annotations: Path | None) -> str:
+    """The set's digest, with what the annotations and their masks hold."""
+    if annotations is None:
+        return digest
+    from exporter.compare.tasks.measure import read_annotations
+
+    masks = {
+        name: {label: sha256_file(Path(mask)) for label, mask in line.masks.items()}
+        for name, line in read_annotations(annotations).items()
+    }
+    return sha256_json({"set": digest, "annotations": sha256_file(annotations), "masks": masks})
 
 
 def check_task(
@@ -136,4 +159,5 @@ def compare_task(
         smoke=evaluation.smoke,
         lineage=lineage,
         progress=progress,
+        annotations=evaluation.annotations,
     )

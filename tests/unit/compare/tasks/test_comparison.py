@@ -234,6 +234,43 @@ def test_texts_with_a_classification_head(models: Models, tmp_path: Path) -> Non
     assert "texts" in comparison.to_text()
 
 
+def test_masks_of_a_real_model(tmp_path: Path) -> None:
+    from tests.support.tiny_clipseg import write_tiny_clipseg
+
+    model = exported(write_tiny_clipseg(tmp_path / "source"), tmp_path / "fp16")
+    (tmp_path / "out").mkdir()
+    comparison = compare_tasks(
+        "segmentation", {"fp16": model, "same": model}, "fp16", image_cases(tmp_path, 2),
+        tmp_path / "out", threads=1, speed=NO_SPEED,
+    )  # fmt: skip
+    assert comparison.row("same").figures["worst Dice with reference"].value == 1.0
+    assert comparison.labels == ("ct", "nodule")
+    assert (
+        comparison.cases[1].text == "nodule"
+        and "pixels" in comparison.cases[1].answers["same"].said
+    )
+
+
+def test_summaries_of_a_real_model(tmp_path: Path) -> None:
+    from tests.support.tiny_t5 import write_tiny_t5
+
+    model = exported(write_tiny_t5(tmp_path / "source", n_positions=256), tmp_path / "fp16")
+    texts = [
+        TextCase(
+            f"t{i}", f"CT of the chest. A nodule of {i} mm.", f"p{i}", summary=f"{i} mm nodule."
+        )
+        for i in range(2)
+    ]
+    (tmp_path / "out").mkdir()
+    comparison = compare_tasks(
+        "summary", {"fp16": model}, "fp16", texts, tmp_path / "out",
+        prompt="summarize:", max_new_tokens=6, threads=1, speed=NO_SPEED,
+    )  # fmt: skip
+    floor = comparison.row("noise floor")
+    assert floor.figures["identical"].value == 1.0 and floor.figures["KL"].value < 1e-6
+    assert floor.figures["tokens"].value <= 6 and "ROUGE-1" in floor.differences
+
+
 def test_wrong_questions(models: Models, tmp_path: Path) -> None:
     cases = image_cases(tmp_path, 2)
     folder = {"fp16": models.fp16}
