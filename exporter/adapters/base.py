@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS
 from exporter.families.config import tied_section
-from exporter.families.published import folder_config, joined_tensors
+from exporter.families.published import folder_config, joined_tensors, left_out_tensors
 
 QUANTIZED_SUFFIXES = (
     ".qweight",
@@ -37,7 +38,7 @@ class BaseModel:
 
     `config` is as the newest class reads it. `head`: the head's name in the merged file, whether the
     base stores one or not, empty where the architecture has none; while `tied`, its values are those
-    of `embedding`.
+    of `embedding`. `left_out`: tensors that the merged file does not get, and why.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class BaseModel:
     embedding: str
     head: str
     tied: bool
+    left_out: Mapping[str, str]
 
     def find(self, name: str) -> str | None:
         """`name` when the merged file has a tensor of that name, None when it has none."""
@@ -79,7 +81,8 @@ def open_base(folder: Path) -> BaseModel:
     stored = Checkpoint.open(folder)
     refuse_quantized(folder, config, stored)
     layout = layout_of(published)
-    tensors = joined_tensors(published, stored.renamed(layout.canonical))
+    renamed = stored.renamed(layout.canonical)
+    tensors, left_out = joined_tensors(published, renamed), left_out_tensors(published, renamed)
     embedding, head = layout.embedding, layout.head
     if embedding not in tensors:
         raise InputRefused(
@@ -87,7 +90,7 @@ def open_base(folder: Path) -> BaseModel:
             f"{config.get('model_type')}"
         )
     tied = _is_tied(folder, config, tensors, embedding, head)
-    return BaseModel(folder, config, layout, tensors, embedding, head, tied)
+    return BaseModel(folder, config, layout, tensors, embedding, head, tied, left_out)
 
 
 def refuse_quantized(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> None:

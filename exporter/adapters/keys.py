@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from exporter.core.errors import InputRefused
+from exporter.families.bert_published import BARE_NAMES
 from exporter.families.published import PUBLISHED, swap_stem
 
 PEFT_PREFIX = "base_model.model."
@@ -183,13 +184,29 @@ LAYOUTS = (
     ),
     Layout(
         ("bert",),
-        (),
+        (*BARE_NAMES["bert"], *PUBLISHED["bert"].names.pairs),
         embedding="bert.embeddings.word_embeddings.weight",
     ),
     Layout(
         ("distilbert",),
-        (),
+        (*BARE_NAMES["distilbert"], *PUBLISHED["distilbert"].names.pairs),
         embedding="distilbert.embeddings.word_embeddings.weight",
+    ),
+    # open_clip's names in all versions.
+    Layout(
+        ("biomedclip",),
+        (),
+        embedding="text.transformer.embeddings.word_embeddings.weight",
+    ),
+    Layout(
+        ("medclip",),
+        PUBLISHED["medclip"].names.pairs,
+        embedding="text_model.model.embeddings.word_embeddings.weight",
+    ),
+    Layout(
+        ("medfilip",),
+        (),
+        embedding="text_model.embeddings.token_embedding.weight",
     ),
     Layout(
         ("t5",),

@@ -126,6 +126,7 @@ def _prove(
         tensors=len(entries),
         parameters=sum(int(np.prod(shape)) for _, shape in entries.values()),
         stored_as=dict(sorted(Counter(i.dtype for i in base.tensors.tensors.values()).items())),
+        left_out=dict(sorted(base.left_out.items())),
     )
 
 

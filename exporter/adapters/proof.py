@@ -43,7 +43,9 @@ class ReplacedRecord(msgspec.Struct, frozen=True):
 
 
 class MergeProof(msgspec.Struct, frozen=True):
-    """The record of a merge. `head`: 'tied' (stored once), 'untied' (by this merge) or 'own'."""
+    """The record of a merge. `head`: 'tied' (stored once), 'untied' (by this merge), 'own' or
+    'none'. `left_out`: tensors of the base that are not in the merged file, and why.
+    """
 
     statement: str
     base_sha256: str
@@ -54,6 +56,7 @@ class MergeProof(msgspec.Struct, frozen=True):
     tensors: int
     parameters: int
     stored_as: dict[str, int]
+    left_out: dict[str, str] = {}
     schema: int = 1
 
     def to_json(self) -> dict[str, Any]:

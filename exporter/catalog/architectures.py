@@ -28,6 +28,7 @@ from exporter.catalog.shape_read import (
     patch_embedding,
     tower_shape,
 )
+from exporter.catalog.shape_swin import medclip
 from exporter.catalog.shape_text import (
     bert,
     biomedclipseg,
@@ -212,8 +213,8 @@ SHAPES: dict[str, Callable[[ConfigFacts], ModelShape]] = {
     "clip": clip,
     "chexzero": clip,
     "medbridge": medbridge,
-    "open_clip": open_clip,
-    "medclip": open_clip,
+    "biomedclip": open_clip,
+    "medclip": medclip,
     "clipseg": clipseg,
     "biomedclipseg": biomedclipseg,
     "bert": bert,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from exporter.catalog.bert_defaults import BERT, BIOMEDCLIP, MEDCLIP
 from exporter.catalog.profiles import model_profiles
 from exporter.catalog.schema import Facts, ModelProfile, Value
 from exporter.core.errors import InputRefused
@@ -13,6 +14,9 @@ from exporter.core.errors import InputRefused
 # What the config classes of transformers put where config.json has no key (published files leave
 # out keys that equal the default). None: computed from other keys in `_computed`.
 DEFAULTS: dict[str, dict[str, Value]] = {
+    "bert": BERT,
+    "biomedclip": BIOMEDCLIP,
+    "medclip": MEDCLIP,
     "clip": {
         "projection_dim": 512,
         "text_config.hidden_size": 512,

@@ -65,7 +65,7 @@ def open_clip(facts: ConfigFacts) -> ModelShape:
     layers, sequence = facts.size("vision_config.num_hidden_layers"), (side // patch) ** 2 + 1
     heads = facts.size("vision_config.num_attention_heads")
     tower = EncoderShape(hidden, inner, heads, sequence, (sequence,) * layers, side=side)
-    text, words = _bert(facts, "text_config.", pooler=False)
+    text, words = bert_text(facts, "text_config.", pooler=False)
     width = facts.size("projection_dim")
     # The inner size of BiomedCLIP's text projection: the mean of both widths, rounded down.
     middle = (text.hidden + width) // 2
@@ -85,7 +85,7 @@ def open_clip(facts: ConfigFacts) -> ModelShape:
 
 def bert(facts: ConfigFacts) -> ModelShape:
     """BERT with its pooler, without a task head."""
-    text, weights = _bert(facts, "", pooler=True)
+    text, weights = bert_text(facts, "", pooler=True)
     return ModelShape("encoder", weights, text=text)
 
 
@@ -190,9 +190,10 @@ def _projections(
     )
 
 
-def _bert(
+def bert_text(
     facts: ConfigFacts, prefix: str, *, pooler: bool
 ) -> tuple[EncoderShape, tuple[Weights, ...]]:
+    """BERT's part of a config, whose keys begin with `prefix`; `pooler`: with its own."""
     hidden, inner = facts.size(prefix + "hidden_size"), facts.size(prefix + "intermediate_size")
     layers = facts.size(prefix + "num_hidden_layers")
     heads = facts.size(prefix + "num_attention_heads")

@@ -15,6 +15,11 @@ from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
+from exporter.families.bert_published import OLD_NAMES as BERT_NAMES
+from exporter.families.bert_published import bert_config, bert_left_out
+from exporter.families.biomedclip_published import IMAGES as BIOMEDCLIP_IMAGES
+from exporter.families.biomedclip_published import LEFT_OUT as BIOMEDCLIP_LEFT_OUT
+from exporter.families.biomedclip_published import biomedclip_config, check_open_clip
 from exporter.families.biomedclipseg_specs import IMAGES as BIOMED_SEG_IMAGES
 from exporter.families.biomedclipseg_specs import MODEL_TYPE as BIOMED_SEG
 from exporter.families.biomedclipseg_specs import PUBLISHED_NAMES as BIOMED_SEG_NAMES
@@ -28,6 +33,11 @@ from exporter.families.cris_specs import cris_config
 from exporter.families.idefics_prompts import TEMPLATE as IDEFICS_TEMPLATE
 from exporter.families.joined import Joined, JoinedCheckpoint, parted
 from exporter.families.left_out import left_out, without
+from exporter.families.medclip_published import IMAGES as MEDCLIP_IMAGES
+from exporter.families.medclip_published import LEFT_OUT as MEDCLIP_LEFT_OUT
+from exporter.families.medclip_published import OLD_NAMES as MEDCLIP_NAMES
+from exporter.families.medclip_published import medclip_config
+from exporter.families.medfilip_published import medfilip_config
 from exporter.families.moondream_published import (
     OLDER_NAMES,
     PUBLISHED_TYPE,
@@ -90,7 +100,7 @@ class PublishedLayout:
     published and whose parts are the newest ones; matrices stored as ``[inputs, outputs]`` are in
     `turned`, whole name to newest name. Both see the names that `names` gives (the renaming comes
     first), and cuts are the same endings before it. `sizes` gives the keys that config.json leaves out, from the shapes of the published
-    tensors. `left_out`: stems of newest names that merging leaves out, with the reason;
+    tensors. `left_out` of a config.json: stems of newest names that merging leaves out, with the reason;
     `copies` of a config.json: a tensor to the one that it may be a second copy of, left out where it is.
     """
 
@@ -103,7 +113,7 @@ class PublishedLayout:
     cuts: tuple[Joined, ...] = ()
     turned: Mapping[str, str] = field(default_factory=dict)
     sizes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
     copies: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
 
 
@@ -250,7 +260,7 @@ PUBLISHED: Mapping[str, PublishedLayout] = {
         newest_config,
         NameMap(()),
         "let transformers' AutoTokenizer save one",
-        left_out=T5_LEFT_OUT,
+        left_out=lambda _: T5_LEFT_OUT,
         copies=t5_copies,
     ),
     CHEXZERO: PublishedLayout(
@@ -261,6 +271,35 @@ PUBLISHED: Mapping[str, PublishedLayout] = {
         cuts=CUTS,
         turned=TURNED,
         sizes=openai_clip_sizes,
+    ),
+    **{
+        kind: PublishedLayout(
+            bert_config,
+            NameMap(BERT_NAMES[kind]),
+            "let transformers' AutoTokenizer save one",
+            left_out=bert_left_out,
+        )
+        for kind in BERT_NAMES
+    },
+    # Names are open_clip's.
+    "biomedclip": PublishedLayout(
+        biomedclip_config,
+        NameMap(()),
+        "take that of microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
+        {"preprocessor_config.json": BIOMEDCLIP_IMAGES},
+        check=check_open_clip,
+        left_out=lambda _: BIOMEDCLIP_LEFT_OUT,
+    ),
+    "medclip": PublishedLayout(
+        medclip_config,
+        NameMap(MEDCLIP_NAMES),
+        "take that of emilyalsentzer/Bio_ClinicalBERT, saved by transformers' AutoTokenizer",
+        {"preprocessor_config.json": MEDCLIP_IMAGES},
+        left_out=lambda _: MEDCLIP_LEFT_OUT,
+    ),
+    # Names are its own code's; its image settings are those of its user's training set.
+    "medfilip": PublishedLayout(
+        medfilip_config, NameMap(()), "take that of openai/clip-vit-base-patch32"
     ),
 }
 
@@ -288,22 +327,28 @@ def folder_config(folder: Path) -> dict[str, Any]:
     return modern_config(config)
 
 
+def left_out_tensors(config: Mapping[str, Any], tensors: Checkpoint) -> dict[str, str]:
+    """The tensors (by their newest names) of a published config.json that merging leaves out, and why."""
+    layout = published_layout(config)
+    if layout is None:
+        return {}
+    found = {} if layout.left_out is None else left_out(tensors, layout.left_out(config))
+    for name, of in layout.copies(config).items() if layout.copies else ():
+        if {name, of} <= tensors.tensors.keys() and tensors.same_bytes(name, of):
+            found[name] = f"a second copy of '{of}'"
+    return found
+
+
 def joined_tensors(config: Mapping[str, Any], tensors: Checkpoint) -> Checkpoint:
     """`tensors` (by their newest names) of a published config.json, those published in parts as one,
-    those published as one in parts, and turned ones the right way round.
+    those published as one in parts, and turned ones the right way round; without those left out.
 
     Raises `InputRefused` when parts are missing or unequal.
     """
     layout = published_layout(config)
     if layout is None:
         return tensors
-    if layout.left_out:
-        tensors = without(tensors, left_out(tensors, layout.left_out))
-    if layout.copies is not None:
-        both = [
-            (n, of) for n, of in layout.copies(config).items() if {n, of} <= tensors.tensors.keys()
-        ]
-        tensors = without(tensors, [n for n, of in both if tensors.same_bytes(n, of)])
+    tensors = without(tensors, left_out_tensors(config, tensors))
     if layout.cuts:
         tensors = parted(tensors, layout.cuts)
     if layout.joins:

@@ -49,7 +49,8 @@ class TaskFamily(Protocol):
 
     MODEL_TYPES: tuple[str, ...]
     TASK: Task
-    # Class of transformers by model_type; ``module:Class`` for a class of the family's own.
+    # Class of transformers by model_type, or by what architectures says where heads differ;
+    # ``module:Class`` for a class of the family's own.
     TORCH_CLASSES: Mapping[str, str]
 
     def graphs(self, config: Mapping[str, Any]) -> Mapping[str, GraphSpec]:

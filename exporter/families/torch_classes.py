@@ -31,4 +31,7 @@ def torch_class(config: Mapping[str, Any]) -> Any:
 
 def _declared(config: Mapping[str, Any]) -> str:
     family = task_family_of(config) or family_of(config)
-    return family.TORCH_CLASSES[str(config["model_type"])]
+    classes, kind = family.TORCH_CLASSES, str(config["model_type"])
+    # A model_type whose classes differ by their head has them by their own names too.
+    named = [name for name in config.get("architectures") or [] if name in classes]
+    return classes[named[0] if len(named) == 1 else kind]

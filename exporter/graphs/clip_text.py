@@ -60,7 +60,9 @@ class _Text:
         if spec.logit_scale:
             stored = self.weights.array(spec.logit_scale, ()).reshape(1).astype(np.float32)
             scale = writer.node("Exp", "scale", [writer.constant("log_scale", stored)])
-            writer.node("Squeeze", "scalar", [scale], outputs=[writer.output("logit_scale", FLOAT, [])])
+            writer.node(
+                "Squeeze", "scalar", [scale], outputs=[writer.output("logit_scale", FLOAT, [])]
+            )
 
     def _embedded(self) -> str:
         """Token embeddings with the positions of their places."""

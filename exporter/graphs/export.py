@@ -16,7 +16,7 @@ from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.table import family_of
 from exporter.families.task_table import task_family_of
-from exporter.families.tasks import Task, TaskFamily, task_tensors
+from exporter.families.tasks import SEQ2SEQ_DECODER, Task, TaskFamily, task_tensors
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
 from exporter.graphs.readers import complete_for_readers, say_where_weights_lie
@@ -85,7 +85,7 @@ def export_model(  # noqa: PLR0913 (each is one decision of the caller)
     if task is not None:
         refuse_dialect(task.TASK, dialect)
         weights = WeightSource(source, float_storage, progress)
-        return _export_task(source, out, task, config, weights, float_storage)
+        return _export_task(source, out, task, config, weights, float_storage, accuracy_level)
     family = family_of(config)
     decoder, tower = family.decoder_spec(config), family.tower_spec(config)
     weights = WeightSource(source, float_storage, progress)
@@ -166,19 +166,24 @@ def _export_task(
     config: Mapping[str, Any],
     weights: WeightSource,
     storage: FloatStorage,
+    accuracy_level: int,
 ) -> ExportReport:
-    """The graphs of a task family. They compute in float32: an image or a text is seen once."""
+    """The graphs of a task family. They compute in float32, as an image or a text is seen once; but
+    for a decoder, which reads its weights for every token.
+    """
     need_space(out, weights.graph_bytes())
     model = out / "model"
     onnx = model / "onnx"
     onnx.mkdir(parents=True)
+    levels = {SEQ2SEQ_DECODER: accuracy_level}
     parts = tuple(
-        write_task_graph(onnx, name, spec, weights, 0) for name, spec in task.graphs(config).items()
+        write_task_graph(onnx, name, spec, weights, levels.get(name, 0))
+        for name, spec in task.graphs(config).items()
     )
     report = ExportReport(
         dialect="ort",
         float_storage=storage,
-        accuracy_level=0,
+        accuracy_level=accuracy_level,
         tower_accuracy_level=0,
         opset=OPSET,
         parts=parts,

@@ -62,7 +62,7 @@ class Built:
                 source = self.root / f"{scheme}-quantized"
                 source.mkdir()
                 quantize_model(self.merged, source, find_scheme(scheme), threads=1)
-            export_model(source, out, float_storage="float32")
+            export_model(source, out, float_storage="float32", accuracy_level=0)
             self.graphs[scheme] = OrtGraphs(out / "model", threads=1)
         return self.graphs[scheme]
 

@@ -20,11 +20,15 @@ def write_task_adapter(
     """Save a LoRA adapter of rank 4 and scaling 2 for the merged folder `base` to `folder`."""
     from peft import LoraConfig, get_peft_model
 
+    model = load_model(base, read_config(base / "config.json"))
+    if not type(model).__module__.startswith("transformers."):
+        # Else peft writes where to import the class from, which is refused when it is ours.
+        settings = {"task_type": "FEATURE_EXTRACTION"} | settings
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **settings)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(load_model(base, read_config(base / "config.json")), config)
-        randomise(model, seed)
-        model.save_pretrained(folder)
+        wrapped = get_peft_model(model, config)
+        randomise(wrapped, seed)
+        wrapped.save_pretrained(folder)
     return folder

@@ -16,15 +16,28 @@ from numpy.typing import NDArray
 
 from exporter.families.base import Feed
 from exporter.runtimes.graphs import Graphs
+from tests.support.bert_references import (
+    bert_tokenizer,
+    biomedclip_outputs,
+    distilbert_tokenizer,
+    medclip_outputs,
+    medclip_steps,
+    medfilip_outputs,
+    medfilip_steps,
+    open_clip_steps,
+)
 from tests.support.plain_cris import plain_cris_outputs
 from tests.support.task_inputs import (
     INPUTS,
     SIZES,
     TEXTS,
     noise,
+    padded_encoder,
     padded_summary,
     padded_texts,
 )
+from tests.support.tiny_bert import LABELS, write_tiny_bert
+from tests.support.tiny_biomedclip import write_tiny_biomedclip
 from tests.support.tiny_biomedclipseg import plain_outputs, write_tiny_biomedclipseg
 from tests.support.tiny_clip import write_tiny_chexzero, write_tiny_clip
 from tests.support.tiny_clipseg import write_tiny_clipseg
@@ -34,6 +47,8 @@ from tests.support.tiny_medbridge import (
     medbridge_outputs,
     write_tiny_medbridge,
 )
+from tests.support.tiny_medclip import write_tiny_medclip
+from tests.support.tiny_medfilip import write_tiny_medfilip
 from tests.support.tiny_t5 import write_tiny_t5
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -179,9 +194,7 @@ def cris_steps(folder: Path, preparer: Any) -> Pairs:
     from transformers import AutoTokenizer
 
     settings = preparer.settings.normalisation
-    mean, std = (
-        np.array(v, np.float32)[:, None, None] for v in (settings.mean, settings.std)
-    )
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (settings.mean, settings.std))
     for size in SIZES:
         picture, side = noise(*size), preparer.settings.output()[0]
         small = picture.resize((side, side), Image.Resampling.BILINEAR)
@@ -207,6 +220,16 @@ def t5_tokenizer(folder: Path, preparer: Any) -> Pairs:
         yield preparer.text(text), dict(tokenizer([text], return_tensors="np"))
 
 
+def write_head(folder: Path, kind: str, architecture: str) -> Path:
+    """A tiny encoder with a classification head of three labels."""
+    names = dict(enumerate(LABELS))
+    label2id = {label: i for i, label in names.items()}
+    return write_tiny_bert(
+        folder, kind=kind, architecture=architecture, id2label=names, label2id=label2id
+    )
+
+
+BERT_ERROR = {"int8": 0.04, "int4-rtn": 0.4}
 CLIP_ERROR = {"int8": 0.02, "int4-rtn": 0.25}
 CASES = (
     TaskCase(
@@ -270,7 +293,7 @@ CASES = (
         write_tiny_biomedclipseg,
         "segmentation",
         biomed_seg_processor,
-        {"int8": 0.02, "int4-rtn": 0.35},
+        BERT_ERROR,
         slack=1e-6,
         reference=plain_outputs,
     ),
@@ -279,7 +302,7 @@ CASES = (
         write_tiny_cris,
         "segmentation",
         cris_steps,
-        {"int8": 0.02, "int4-rtn": 0.35},
+        {"int8": 0.05, "int4-rtn": 0.5},
         slack=1e-6,
         # Texts have one length, whatever stands beside them.
         padded=None,
@@ -304,6 +327,107 @@ CASES = (
         {"int8": 0.08, "int4-rtn": 0.6},
         padded=padded_summary,
         targets=("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    ),
+    TaskCase(
+        "bert",
+        lambda folder: write_tiny_bert(folder, old_names=True),
+        "text-encoder",
+        bert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("query", "value"),
+    ),
+    TaskCase(
+        "bert-sequence",
+        lambda folder: write_head(folder, "bert", "BertForSequenceClassification"),
+        "text-encoder",
+        bert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("query", "key", "value", "dense"),
+    ),
+    TaskCase(
+        "bert-token",
+        lambda folder: write_head(folder, "bert", "BertForTokenClassification"),
+        "text-encoder",
+        bert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("query", "value"),
+    ),
+    TaskCase(
+        "distilbert",
+        lambda folder: write_tiny_bert(
+            folder, kind="distilbert", architecture="DistilBertForMaskedLM", dtype="float32"
+        ),
+        "text-encoder",
+        distilbert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("q_lin", "v_lin"),
+    ),
+    TaskCase(
+        "distilbert-bare",
+        lambda folder: write_tiny_bert(
+            folder, kind="distilbert", architecture="DistilBertModel", bare=True
+        ),
+        "text-encoder",
+        distilbert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+    ),
+    TaskCase(
+        "distilbert-sequence",
+        lambda folder: write_head(folder, "distilbert", "DistilBertForSequenceClassification"),
+        "text-encoder",
+        distilbert_tokenizer,
+        BERT_ERROR,
+        padded=padded_encoder,
+        targets=("q_lin", "v_lin", "pre_classifier"),
+    ),
+    TaskCase(
+        "biomedclip",
+        write_tiny_biomedclip,
+        "zero-shot",
+        open_clip_steps,
+        BERT_ERROR,
+        slack=1e-6,
+        targets=("qkv", "query", "value"),
+        reference=biomedclip_outputs,
+    ),
+    TaskCase(
+        "medclip",
+        write_tiny_medclip,
+        "zero-shot",
+        medclip_steps,
+        BERT_ERROR,
+        slack=1e-6,
+        # Padding counts in the published model's average.
+        padded=None,
+        targets=("q_proj", "v_proj", "query", "value"),
+        reference=medclip_outputs,
+    ),
+    TaskCase(
+        "medclip-resnet",
+        lambda folder: write_tiny_medclip(folder, resnet=True),
+        "zero-shot",
+        medclip_steps,
+        BERT_ERROR,
+        slack=1e-6,
+        padded=None,
+        targets=("query", "value"),
+        reference=medclip_outputs,
+    ),
+    TaskCase(
+        "medfilip",
+        write_tiny_medfilip,
+        "zero-shot",
+        medfilip_steps,
+        BERT_ERROR,
+        slack=2e-5,
+        targets=("q_proj", "v_proj"),
+        reference=medfilip_outputs,
     ),
 )
 assert {case.inputs for case in CASES} <= INPUTS.keys()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from exporter.families.base import Feed
 from exporter.families.tasks import (
+    ENCODER_GRAPH,
     MASK_GRAPH,
     SEQ2SEQ_DECODER,
     SEQ2SEQ_ENCODER,
@@ -56,6 +57,18 @@ def padded_texts(graphs: Graphs) -> Iterator[tuple[str, Feed, Feed]]:
     for text, longer in ((TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3])):
         alone, padded = (graphs.preparer.texts(t) for t in ([text], [text, longer]))
         yield TEXT_GRAPH, alone, padded
+
+
+def text_encoder(graphs: Graphs) -> Feeds:
+    """Four texts of other lengths, and one."""
+    for texts in (TEXTS, TEXTS[:1]):
+        yield ENCODER_GRAPH, graphs.preparer.texts(texts)
+
+
+def padded_encoder(graphs: Graphs) -> Iterator[tuple[str, Feed, Feed]]:
+    """The same as `padded_texts` for a text encoder."""
+    for _, alone, padded in padded_texts(graphs):
+        yield ENCODER_GRAPH, alone, padded
 
 
 def segmentation(graphs: Graphs) -> Feeds:
@@ -109,4 +122,5 @@ INPUTS: dict[str, Callable[[Graphs], Feeds]] = {
     "zero-shot": zero_shot,
     "segmentation": segmentation,
     "summary": summary,
+    "text-encoder": text_encoder,
 }

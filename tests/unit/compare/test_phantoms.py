@@ -15,7 +15,7 @@ from exporter.compare.quality.facts import extract_facts
 from exporter.compare.quality.lexicon import read_lexicon
 from exporter.core.data import data_root
 
-SHIPPED = sorted(p.parent.name for p in (data_root("calibration")).glob("*/set.json"))
+SHIPPED = sorted(p.parent.name for p in data_root("calibration").glob("*/images"))
 
 
 def canonical(kind: str, word: str) -> str:

@@ -55,7 +55,7 @@ def merged_of(folder: Path, **changes: Any) -> Path:
 
 def exported(source: Path, folder: Path, **options: Any) -> Path:
     folder.mkdir()
-    export_model(source, folder, **options)
+    export_model(source, folder, **{"accuracy_level": 0, **options})
     return folder / "model"
 
 

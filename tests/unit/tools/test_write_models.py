@@ -11,6 +11,8 @@ from tests.support.family_cases import CASES
 from tests.support.task_cases import CASES as TASK_CASES
 from tools.write_models import (
     CONTRACT,
+    NO_ADAPTER,
+    NO_PADDING,
     PAGE,
     PROOFS,
     ROOT,
@@ -41,6 +43,15 @@ def test_every_working_model_has_a_row_in_the_contract() -> None:
         assert case_of(profile) in rows, name
         used.add(case_of(profile))
     assert used == rows, "a row of the contract stands for no profile"
+
+
+def test_what_a_row_lacks_is_said() -> None:
+    for profile in map(find_model, model_profiles()):
+        if profile.family not in TASK_FAMILIES:
+            continue
+        (case,) = [c for c in TASK_CASES if c.name == task_case_of(profile)]
+        assert (case.name in NO_ADAPTER) == (not case.targets), case.name
+        assert (case.name in NO_PADDING) == (case.padded is None), case.name
 
 
 def test_the_tests_it_names_exist() -> None:
