@@ -58,11 +58,7 @@ CALIBRATED: Mapping[str, str] = {
 # The contract of models that do not caption: column, and the test that proves it.
 TASK_CONTRACT = "tests/contract/test_tasks.py"
 # What a row of that contract does not have, and why; a test holds the table against the rows.
-NO_ADAPTER: Mapping[str, str] = {
-    "biomedclipseg": "trained whole, no adapter",
-    "cris": "trained whole, no adapter",
-    "medbridge": "its plug-in is the adapter",
-}
+NO_ADAPTER: Mapping[str, str] = {"cris": "trained whole, no adapter"}
 NO_PADDING: Mapping[str, str] = {
     "cris": "texts have one length",
     "medclip": "pools padding too, as published",

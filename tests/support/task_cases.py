@@ -264,6 +264,7 @@ CASES = (
         "zero-shot",
         focal_processor,
         CLIP_ERROR,
+        targets=("q_proj", "v_proj"),
         reference=medbridge_outputs,
     ),
     TaskCase(
@@ -295,6 +296,7 @@ CASES = (
         biomed_seg_processor,
         BERT_ERROR,
         slack=1e-6,
+        targets=("query", "value"),
         reference=plain_outputs,
     ),
     TaskCase(
