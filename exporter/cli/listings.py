@@ -26,14 +26,23 @@ def _show(header: tuple[str, ...], rows: list[tuple[object, ...]], as_json: bool
 @click.command()
 @JSON
 def models(as_json: bool) -> None:
-    """The model profiles."""
-    from exporter.catalog.profiles import model_profiles
+    """The model profiles: what each does, what --int4 stores it as, in which dialects it is exported.
 
+    docs/models.md names the test of every claim.
+    """
+    from exporter.catalog.profiles import model_profiles
+    from exporter.families.task_table import TASK_FAMILIES
+    from exporter.pipeline.resolve import scheme_named
+
+    tasks = {name: family.TASK for name, family in TASK_FAMILIES.items()}
     rows: list[tuple[object, ...]] = [
         (
             p.name,
             ", ".join(p.aliases),
+            tasks.get(p.family, "caption"),
             p.family,
+            scheme_named(p, "int4"),
+            "ort" if p.family in tasks else "ort, standard",
             p.facts.parameters or "unknown",
             _weights_of(p),
             p.facts.confidence or "-",
@@ -41,7 +50,8 @@ def models(as_json: bool) -> None:
         )
         for p in model_profiles().values()
     ]
-    _show(("name", "alias", "family", "parameters", "weights", "facts", "builds"), rows, as_json)
+    head = ("name", "alias", "task", "family", "int4", "dialects", "parameters", "weights", "facts")
+    _show((*head, "builds"), rows, as_json)
 
 
 def _weights_of(profile: ModelProfile) -> str:
