@@ -42,6 +42,11 @@ MODELING = re.compile(
     r"transformers\.models\.\w+\.modeling_\w+|exporter\.families\.\w+_torch", re.ASCII
 )
 
+# Published with code of their own beside the weights. A class of ours reads them and that code is never
+# run, so that its name in the config is of no use and no harm; one in another repository is refused.
+OWN_CODE = frozenset({"moondream1"})
+LOCAL_CODE = re.compile(r"\w+\.\w+", re.ASCII)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises `InputRefused`."""
@@ -62,11 +67,20 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json or adapter_config.json without keys that could make a loader run code.
 
     A key of `DANGEROUS_KEYS` is refused at any depth (`InputRefused`), unless its value is null or
-    what peft itself writes into every adapter_config.json (`_is_harmless`).
+    what peft itself writes into every adapter_config.json (`_is_harmless`). The auto_map of a
+    model_type in `OWN_CODE` is left out of the result.
     """
     config = read_json(path)
+    if config.get("model_type") in OWN_CODE and _names_local_code(config.get("auto_map")):
+        del config["auto_map"]
     _refuse_dangerous(path, config)
     return config
+
+
+def _names_local_code(auto_map: Any) -> bool:
+    return isinstance(auto_map, dict) and all(
+        isinstance(value, str) and LOCAL_CODE.fullmatch(value) for value in auto_map.values()
+    )
 
 
 def copy_small_files(source: Path, target: Path) -> list[str]:

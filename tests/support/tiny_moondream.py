@@ -71,6 +71,11 @@ def write_tiny_moondream(folder: Path, *, seed: int = 0, **tokens: Any) -> Path:
         "architectures": ["HfMoondream"],
         "model_type": "moondream1",
         "torch_dtype": "float16",
+        # The published folder names its own code, which is never run.
+        "auto_map": {
+            "AutoConfig": "hf_moondream.HfConfig",
+            "AutoModelForCausalLM": "hf_moondream.HfMoondream",
+        },
         "config": {
             **SIZES,
             "text": text,

@@ -67,6 +67,31 @@ def test_what_peft_writes_itself_passes(tmp_path: Path, config: dict[str, Any]) 
     assert read_config(write(tmp_path, config)) == config
 
 
+LOCAL = {"AutoModelForCausalLM": "hf_moondream.HfMoondream"}
+
+
+def test_the_name_of_code_that_is_never_run_is_left_out(tmp_path: Path) -> None:
+    config = {"model_type": "moondream1", "auto_map": LOCAL}
+    assert read_config(write(tmp_path, config)) == {"model_type": "moondream1"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "idefics3", "auto_map": LOCAL},
+        {"model_type": "moondream1", "auto_map": {"AutoModel": "evil/repository--hub.Model"}},
+        {"model_type": "moondream1", "auto_map": {"AutoModel": ["hub.Model", None]}},
+        {"model_type": "moondream1", "auto_map": "hub.Model"},
+        {"model_type": "moondream1", "config": {"auto_map": LOCAL}},
+    ],
+)
+def test_code_from_elsewhere_is_refused_for_them_too(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    with pytest.raises(InputRefused, match="auto_map"):
+        read_config(write(tmp_path, config))
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "null", "{", '{"a": NaN}', '{"a": -Infinity}'])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputRefused, match=r"config\.json"):
