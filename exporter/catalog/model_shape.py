@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporter.catalog.architectures import SHAPES
-from exporter.catalog.check import DEFAULTS
+from exporter.catalog.class_defaults import DEFAULTS
 from exporter.catalog.config_facts import ConfigFacts
 from exporter.catalog.schema import ModelProfile, Value
 from exporter.catalog.shape_parts import ModelShape

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from exporter.calibrate.sets import open_set
-from exporter.catalog.check import DEFAULTS, check_config, config_value
+from exporter.catalog.check import check_config, config_value
+from exporter.catalog.class_defaults import DEFAULTS
 from exporter.catalog.profiles import (
     find_model,
     find_target,

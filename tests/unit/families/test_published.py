@@ -14,7 +14,8 @@ from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
 from exporter.families.llava import decoder_spec, open_preparer, tower_spec
-from exporter.families.published import LLAVA_MED_TEMPLATE, PUBLISHED, modern_config
+from exporter.families.llava_med_published import LLAVA_MED_TEMPLATE
+from exporter.families.published import PUBLISHED, modern_config
 from tests.support.tiny_llava import write_tiny_llava_med
 
 NAMES = PUBLISHED["llava_mistral"].names
