@@ -44,7 +44,7 @@ SCHEMES = {
     "torch": {"fp16": "fp16"},
     "bitsandbytes": {"int8": "bnb-int8", "nf4": "bnb-nf4"},
     "onnxruntime": {"fp16": "fp16", "int8": "int8", "nf4": "bnb-nf4", "int4": "int4-rtn"},
-    "tensorrt": {"fp16": "fp16", "int8": "int8", "int4": "int4-rtn-sym"},
+    "tensorrt": {"fp16": "fp16", "int8": "int8", "int4": "int4-rtn-pos"},
 }
 NEEDS = {
     "torch": ("torch", "transformers"),
@@ -174,7 +174,7 @@ def one(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]
     missing = [m for m in NEEDS[case.runtime] if find_spec(m) is None]
     if missing:
         return {"skipped": f"not installed: {', '.join(missing)}"}
-    if case.runtime == "tensorrt" and (why := _no_engine(case, options)):
+    if case.runtime == "tensorrt" and (why := _no_engine(options)):
         return {"skipped": why}
     place = folder / f"{case.model}-{case.runtime}-{case.precision}"
     shutil.rmtree(place, ignore_errors=True)
@@ -188,17 +188,9 @@ def one(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _no_engine(case: Case, options: argparse.Namespace) -> str:
+def _no_engine(options: argparse.Namespace) -> str:
     """Why no engine can be measured; empty where one can."""
-    from exporter.catalog.profiles import find_model
-
-    if options.device == "cpu":
-        return "TensorRT runs on a GPU only"
-    if find_model(case.model).builtin is None:
-        return (
-            "an engine's shapes follow from the model's own tokenizer and image settings: demo only"
-        )
-    return ""
+    return "TensorRT runs on a GPU only" if options.device == "cpu" else ""
 
 
 def child(command: str, case: Case, place: Path, options: argparse.Namespace) -> dict[str, Any]:

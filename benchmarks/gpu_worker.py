@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from shapes import config_of, write_small_files
 
 from exporter.catalog.model_shape import shape_of
 from exporter.catalog.profiles import find_model
 from exporter.catalog.schema import ModelProfile
-from exporter.catalog.shapes import known_config
 from exporter.core.data import data_root
 from exporter.core.errors import MedexportError
 from exporter.core.tensors import Checkpoint, SafetensorsWriter
@@ -122,24 +122,16 @@ def checkpoint_of(profile: ModelProfile, folder: Path) -> Path:
 
 
 def write_random(profile: ModelProfile, work: Path) -> None:
-    """config.json of the published facts, and tensors of the shapes that follow from it."""
-    config, pool = config_of(profile), Pool()
+    """The small files of the published facts, and tensors of the shapes that follow from them."""
+    config, pool = config_of(profile.name), Pool()
     (work / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_small_files(work, profile.name, config)
     family = family_of(config)
     specs = [*family.decoder_spec(config).tensors(), *family.tower_spec(config).tensors()]
     entries = {spec.name: ("F16", spec.shape) for spec in specs}
     with SafetensorsWriter(work / "model.safetensors", entries) as writer:
         for name, (dtype, shape) in entries.items():
             writer.write(name, pool.take(name, dtype, shape))
-
-
-def config_of(profile: ModelProfile) -> dict[str, Any]:
-    """The config.json that the profile's facts describe."""
-    config: dict[str, Any] = {"model_type": profile.facts.model_type}
-    for key, value in known_config(profile).items():
-        section, _, leaf = key.rpartition(".")
-        (config.setdefault(section, {}) if section else config)[leaf] = value
-    return config
 
 
 def export(

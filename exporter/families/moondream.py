@@ -70,14 +70,14 @@ def torch_features(model: Any, inputs: PromptInputs) -> torch.Tensor:
     """Feature rows ``[rows, hidden]`` of tower and projection, as the vision graph gives them."""
     import torch
 
-    return torch.cat([model.image_features(**_tensors(feed)) for feed in inputs.vision])
+    return torch.cat([model.image_features(**_tensors(model, feed)) for feed in inputs.vision])
 
 
 def library_features(model: Any, inputs: PromptInputs) -> torch.Tensor:
     """The same with torch's own adaptive average over crops that are cut and joined."""
     import torch
 
-    return torch.cat([model.stitched_features(**_tensors(feed)) for feed in inputs.vision])
+    return torch.cat([model.stitched_features(**_tensors(model, feed)) for feed in inputs.vision])
 
 
 def torch_append(
@@ -91,7 +91,13 @@ def torch_append(
     return out.last_hidden_state[0], out.past_key_values
 
 
-def _tensors(feed: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+def _tensors(model: Any, feed: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """The feed where the model is, floats in its type: these methods are not its forward pass."""
     import torch
 
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
+    weight = next(model.parameters())
+    made = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feed.items()}
+    return {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+        for name, value in made.items()
+    }
