@@ -6,6 +6,7 @@ Counts are exact: tests hold them against published parameter counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from exporter.catalog.config_facts import ConfigFacts
 from exporter.catalog.shape_cross import blip2, idefics, vision_encoder_decoder
@@ -85,6 +86,7 @@ def llava_next(facts: ConfigFacts) -> ModelShape:
     widest = max(rows * patches * (columns * patches + 1) for rows, columns in grids)
     tiles = 1 + max(rows * columns for rows, columns in grids)
     tower, weights = _clip_tower(facts, tiles=tiles)
+    tower = replace(tower, together=tiles)
     newline = other("vision", facts.size("text_config.hidden_size"))
     return _llava(facts, tower, (*weights, *newline), image_tokens=patches**2 + widest)
 
@@ -121,6 +123,7 @@ def moondream(facts: ConfigFacts) -> ModelShape:
     hidden, rows = facts.size("vision_config.hidden_size"), (side // patch) ** 2
     tiles = facts.size("vision_config.max_crops", default=12) + 1
     tower = tower_shape(facts, "vision_config.", sequence=rows, tiles=tiles, side=side)
+    tower = replace(tower, together=tiles)
     d = decoder_shape(facts, image_tokens=rows, quadratic=True)
     middle = facts.size("vision_config.projection_inner_size")
     weights = (

@@ -36,7 +36,8 @@ class EncoderShape:
     """Transformer blocks over a fixed sequence: a vision tower (per tile) or a text encoder.
 
     `attended`: positions that one position sees, per layer; more than one value where layers differ
-    (windows). `tiles`: crops of one image at the image limit, 1 for text.
+    (windows). `tiles`: crops of one image at the image limit, 1 for text; `together`: so many of them
+    go through the graph in one run, because later steps join them.
     """
 
     hidden: int
@@ -48,6 +49,7 @@ class EncoderShape:
     side: int = 0
     """Pixels along one side of a tile; 0 for text, and for towers of any resolution `pixels` says."""
     pixels: int = 0
+    together: int = 1
 
     @property
     def attention_operations(self) -> int:

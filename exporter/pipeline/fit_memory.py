@@ -91,7 +91,8 @@ def _activations(
             size = item * _encoder_values(encoder, cpu=cpu)
             if cpu:
                 size = int(ARENA * (size + _unpacked(shape, scheme)))
-            yield MemoryItem(f"activations: {name}", size, f"{encoder.sequence} positions")
+            how = f"{encoder.together * encoder.sequence} positions"
+            yield MemoryItem(f"activations: {name}", size, how)
     if shape.decoder:
         size = load.batch * item * _prefill_values(shape.decoder, load.prompt, cpu=cpu)
         yield MemoryItem("activations: prefill", size, f"{load.prompt} positions")
@@ -112,9 +113,10 @@ def _encoder_values(e: EncoderShape, *, cpu: bool) -> int:
     queries, keys, values before and after their bias beside them. Scores are counted only where the
     kernel keeps them whole: not on a CPU, where it works in blocks.
     """
-    mlp = e.sequence * (2 * e.hidden + 2 * e.inner)
-    attention = e.sequence * 8 * e.hidden
-    scores = 0 if cpu else e.heads * e.sequence * max(e.attended)
+    rows = e.together * e.sequence
+    mlp = rows * (2 * e.hidden + 2 * e.inner)
+    attention = rows * 8 * e.hidden
+    scores = 0 if cpu else e.heads * rows * max(e.attended)
     return max(mlp, attention + scores)
 
 
