@@ -9,17 +9,23 @@ set.json has ``schema`` (1), ``kind`` ("text"), ``name``, ``samples`` (their num
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from exporter.core.data import data_root
-from exporter.core.digest import sha256_bytes, sha256_json
+from exporter.calibrate.setfiles import (
+    HEAD,
+    Head,
+    Line,
+    check_number,
+    read_head,
+    read_lines,
+    set_folder,
+    shipped_sets,
+)
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.text_cases import Entity, TextCase
 
-SCHEMA = 1
 MAX_TEXT = 100_000
 
 
@@ -32,16 +38,11 @@ class TextSet:
     samples: tuple[TextCase, ...]
 
 
-class _Head(msgspec.Struct, frozen=True):
-    schema: int
+class _Head(Head, frozen=True):
     kind: Literal["text"]
-    name: str
-    samples: int
-    samples_sha256: str
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    id: str
+class _Line(Line, frozen=True, forbid_unknown_fields=True):
     text: str
     patient: str
     kind: str = "text"
@@ -56,89 +57,40 @@ def open_text_set(name_or_dir: str) -> TextSet:
     Raises `WrongUsage` when there is no such set, `InputRefused` (with the line of samples.jsonl) on
     wrong types, a wrong hash, repeated ids, empty texts, or entities that lie outside their text.
     """
-    folder = _find(name_or_dir)
-    head_path, lines_path = folder / "set.json", folder / "samples.jsonl"
-    head_bytes, text = _read(head_path), _read(lines_path)
-    try:
-        head = msgspec.json.decode(head_bytes, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputRefused(f"{head_path}: {error}; expected the keys of a text set") from error
-    if head.schema != SCHEMA:
-        raise InputRefused(f"{head_path}: schema {head.schema}; this version reads schema {SCHEMA}")
-    found = sha256_bytes(text)
-    if found != head.samples_sha256:
-        raise InputRefused(
-            f"{lines_path}: sha256 {found[:12]}..., set.json says {head.samples_sha256[:12]}...; "
-            "the set was changed, restore it"
+    folder = set_folder(name_or_dir)
+    if folder is None:
+        known = [place.name for place in shipped_sets() if is_text_set(str(place))]
+        raise WrongUsage(
+            f"no text set '{name_or_dir}'; expected a folder with set.json or one of: "
+            f"{', '.join(known) or 'none shipped'}"
         )
-    samples = _samples(lines_path, text)
-    if len(samples) != head.samples or not samples:
-        raise InputRefused(
-            f"{lines_path}: {len(samples)} samples, set.json says {head.samples}; expected at least "
-            "one and the same number"
-        )
-    digest = sha256_json({"set.json": sha256_bytes(head_bytes), "samples.jsonl": found})
+    head, text, digest = read_head(folder, _Head, "a text set")
+    samples = tuple(_sample(where, line) for where, line in read_lines(folder, text, _Line))
+    check_number(folder, len(samples), head)
     return TextSet(head.name, digest, samples)
 
 
 def is_text_set(name_or_dir: str) -> bool:
     """Whether there is a set of that name or in that folder, and its set.json says kind "text"."""
-    for folder in _places(name_or_dir):
-        try:
-            msgspec.json.decode((folder / "set.json").read_bytes(), type=_Head)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            continue
-        return True
-    return False
-
-
-def _places(name_or_dir: str) -> tuple[Path, Path]:
-    return Path(name_or_dir), data_root("calibration") / name_or_dir
-
-
-def _find(name_or_dir: str) -> Path:
-    for folder in _places(name_or_dir):
-        if (folder / "set.json").is_file():
-            return folder
-    shipped = sorted(p.parent.name for p in data_root("calibration").glob("*/set.json"))
-    known = [name for name in shipped if is_text_set(name)]
-    raise WrongUsage(
-        f"no text set '{name_or_dir}'; expected a folder with set.json or one of: "
-        f"{', '.join(known) or 'none shipped'}"
-    )
-
-
-def _read(path: Path) -> bytes:
+    folder = set_folder(name_or_dir)
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputRefused(f"{path}: {error.strerror}; expected a file of a text set") from error
+        found = folder and msgspec.json.decode((folder / HEAD).read_bytes(), type=_Head)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return found is not None
 
 
-def _samples(path: Path, text: bytes) -> tuple[TextCase, ...]:
-    decoder = msgspec.json.Decoder(_Line)
-    samples: dict[str, TextCase] = {}
-    for number, raw in enumerate(text.splitlines(), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            line = decoder.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InputRefused(f"{where}: {error}") from error
-        if line.id in samples:
-            raise InputRefused(f"{where}: id '{line.id}' occurs twice; expected unique ids")
-        if not line.text.strip() or len(line.text) > MAX_TEXT:
-            raise InputRefused(
-                f"{where}: a text of {len(line.text)} characters; expected 1 to {MAX_TEXT}"
-            )
-        outside = [e for e in line.entities or () if not 0 <= e.start < e.end <= len(line.text)]
-        if outside:
-            raise InputRefused(
-                f"{where}: entity at {outside[0].start} to {outside[0].end} of a text of "
-                f"{len(line.text)} characters; expected places inside it"
-            )
-        samples[line.id] = TextCase(
-            line.id, line.text, line.patient, line.kind, line.summary, line.entities, line.label
+def _sample(where: str, line: _Line) -> TextCase:
+    if not line.text.strip() or len(line.text) > MAX_TEXT:
+        raise InputRefused(
+            f"{where}: a text of {len(line.text)} characters; expected 1 to {MAX_TEXT}"
         )
-    return tuple(samples.values())
+    outside = [e for e in line.entities or () if not 0 <= e.start < e.end <= len(line.text)]
+    if outside:
+        raise InputRefused(
+            f"{where}: entity at {outside[0].start} to {outside[0].end} of a text of "
+            f"{len(line.text)} characters; expected places inside it"
+        )
+    return TextCase(
+        line.id, line.text, line.patient, line.kind, line.summary, line.entities, line.label
+    )

@@ -99,7 +99,8 @@ class TaskGate(Struct, frozen=True):
     """Macro AUROC of zero-shot labels, or of a classification head, that may get lost (difference,
     paired)."""
     label_change: Share = 0.02
-    """Share of images or texts whose most likely label may be another than the reference's."""
+    """Share of images or texts whose most likely label (of images: modality) may be another than the
+    reference's."""
     retrieval_loss: Share = 0.02
     """Share of queries, image to text and back, that may newly miss their own among the first five
     (difference, paired)."""
@@ -124,7 +125,8 @@ class TaskGate(Struct, frozen=True):
     facts_right_loss: Share = 0.02
     """Share of the ground-truth summaries' clinical facts that may get lost (difference, paired)."""
     flip_rate: Share = 0.02
-    """Share of summaries in which a fact may be turned over against the reference's."""
+    """Share of summaries in which a fact may be turned over against the reference's, and of zero-shot
+    images on which a finding may be: present for absent, or absent for present."""
     kl_mean: Positive = 0.1
     """Mean KL divergence per token, in nats, on the reference's own summaries."""
     truncation_rise: Share = 0.02

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 OWN_REPORT = Path("reports") / "compare.json"
 SMOKE_CASES = 20
-CAPTIONS = "phantoms-eval"
 
 
 @click.command()
@@ -78,10 +77,8 @@ def _check_captions(bundle: Path, asked: _Asked, junit: Path | None, as_json: bo
 
 def _check_task(bundle: Path, asked: _Asked, junit: Path | None, as_json: bool) -> None:
     """The same for a model that does something else than caption: both bundles are run."""
-    import msgspec
-
     from exporter.bundle.verify import verify_bundle
-    from exporter.compare.tasks.junit import task_junit
+    from exporter.compare.junit import gate_json, junit_xml
     from exporter.core.artifact import write_atomic
     from exporter.core.errors import WrongUsage
     from exporter.pipeline.task_checks import TaskQuestion, compare_task_models
@@ -107,9 +104,9 @@ def _check_task(bundle: Path, asked: _Asked, junit: Path | None, as_json: bool) 
     report = found.gate("new")
     console.end(time.perf_counter() - start, cached=False, note=report.label)
     if junit:
-        write_atomic(junit, task_junit([report]))
+        write_atomic(junit, junit_xml(report))
     if as_json:
-        print_json(msgspec.to_builtins(report) | {"label": report.label, "reason": report.reason})
+        print_json(gate_json(report))
     else:
         click.echo(found.to_text())
     found.enforce("new", smoke=asked.smoke)
@@ -172,7 +169,7 @@ def _question(manifest: Manifest, against: Path, asked: _Asked) -> Question:
     """The cases and the prompt: a report's own prompt, else the new bundle's."""
     from exporter.compare.check import Question
     from exporter.compare.compare import read_comparison
-    from exporter.pipeline.evaluation import open_evaluation
+    from exporter.pipeline.evaluation import IMAGES, open_evaluation
     from exporter.runtimes.threads import usable_cores
 
     prompt, length = manifest.usage.prompt, manifest.usage.max_new_tokens
@@ -181,7 +178,7 @@ def _question(manifest: Manifest, against: Path, asked: _Asked) -> Question:
         prompt, length = earlier.prompt, earlier.max_new_tokens
     limit = asked.limit or (SMOKE_CASES if asked.smoke else 0)
     chosen = open_evaluation(
-        asked.evaluation or CAPTIONS, limit=limit, prompt=prompt, max_new_tokens=length
+        asked.evaluation or IMAGES, limit=limit, prompt=prompt, max_new_tokens=length
     )
     return Question(chosen.cases, prompt, length, asked.threads or usable_cores())
 

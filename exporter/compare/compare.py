@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from exporter.compare import assemble
 from exporter.compare.candidates import NOISE_FLOOR, Candidate, check_candidates, part_bytes
 from exporter.compare.caption_figures import CaptionFigures, judged_figures
 from exporter.compare.gate import judge_candidate
-from exporter.compare.gpu import board
 from exporter.compare.gpu_report import gpu_method
 from exporter.compare.jobs import JobCase, JobResult
+from exporter.compare.machine import machine
 from exporter.compare.passes import (
     Plan,
     Setting,
@@ -127,7 +125,7 @@ def _assemble(
         modalities={
             m: sum(c.modality == m for c in cases) for m in sorted({c.modality for c in cases})
         },
-        machine=_machine(setting.threads, candidates),
+        machine=machine(setting.threads, gpu=any(c.device == "cuda" for c in candidates)),
         method=method_lines(rows, setting.threads, floor)
         | {f"metric {name}": line for name, line in how.items()}
         | robustness_method(rows)
@@ -186,23 +184,6 @@ def _row(
         robustness=robustness_figures(own, base, judge),
         device=candidate.device,
     )
-
-
-def _machine(threads: int, candidates: Sequence[Candidate]) -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux: the architecture's name has to do
-    gpus = {"gpu": board()} if any(c.device == "cuda" for c in candidates) else {}
-    return {
-        "cpu": name,
-        "cores": str(os.cpu_count() or 1),
-        "threads": str(threads),
-        "system": f"{platform.system()} {platform.release()}",
-        **gpus,
-    }
 
 
 def write_reports(

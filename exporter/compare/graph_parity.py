@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from exporter.compare.parity import (
@@ -75,17 +76,7 @@ def check_graph_parity(
         checks += _compare(name, torch_graphs, graphs, feeds, bounds)
     return {
         "summary": _summary(checks),
-        "checks": [
-            {
-                "model": c.model,
-                "graph": c.graph,
-                "probes": c.probes,
-                "worst_case": c.worst_case,
-                "relative_error": c.relative_error,
-                "bound": c.bound,
-            }
-            for c in checks
-        ],
+        "checks": msgspec.to_builtins(checks),
     }
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from exporter.compare.gpu import GpuUse
+from exporter.compare.process import explain_end, run_worker
 from exporter.core.artifact import write_atomic
-from exporter.core.data import PACKAGE
 from exporter.core.digest import sha256_json
-from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
 from exporter.core.progress import Progress, silent
 
-LOG_LINES = 12
+WORKER = "exporter.compare.worker"
 Role = Literal["reference", "candidate", "speed"]
 
 
@@ -153,10 +148,12 @@ def run_job(job: Job, progress: Progress = silent) -> JobResult:
     folder.mkdir(parents=True, exist_ok=True)
     request, log = folder / "request.json", folder / "worker.log"
     write_atomic(request, msgspec.json.encode(job))
-    code = _run(request, log, job.threads, progress, len(job.cases))
+    code = run_worker(
+        WORKER, request, log, threads=job.threads, total=len(job.cases), progress=progress
+    )
     result = read_result(done) if done.is_file() else None
     if code != 0 or result is None:
-        raise _explained(job, code, log)
+        raise explain_end(f"the {job.role} process of '{job.name}'", code, log)
     return result
 
 
@@ -173,52 +170,3 @@ def read_result(path: Path) -> JobResult | None:
         return msgspec.json.decode(path.read_bytes(), type=JobResult)
     except msgspec.DecodeError:
         return None
-
-
-def _run(request: Path, log: Path, threads: int, progress: Progress, total: int) -> int:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-m", "exporter.compare.worker", str(request)]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            # The worker prints one line per case; if we die, its next line breaks the pipe and it ends.
-            for done, line in enumerate(process.stdout, 1):
-                progress(min(done, total), total, line.strip())
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
-def _explained(job: Job, code: int, log: Path) -> MedexportError:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = " | ".join(line.strip() for line in lines[-LOG_LINES:]) or "it printed nothing"
-    what = f"the {job.role} process of '{job.name}'"
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; was memory short?" if code == -signal.SIGKILL else ""
-        return EnvironmentLacks(
-            f"{what} was ended by {name}{hint} Run the same command again to go on; last lines: {last}"
-        )
-    for kind in (InputRefused, EnvironmentLacks):
-        if code == kind.exit_code:
-            return kind(f"{what}: {lines[-1] if lines else last}")
-    return MedexportError(
-        f"{what} failed with code {code}, expected 0; see {log}; last lines: {last}"
-    )

@@ -37,11 +37,11 @@ class Quantity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     needed: int | None = None
 
 
-class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The verdict on one candidate; `reason` is the first of `reasons`, the likeliest cause.
+class Judged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The verdict on one candidate, whatever was compared; `reason` is the likeliest cause.
 
-    `smoke`: asked for, or too few images to show a flip rate under 2 per cent. `quantities` are in
-    the order of cause; `not_measured` says what could not be gated and why.
+    `smoke`: asked for, or too few cases to show a rate under 2 per cent. `quantities` are in the
+    order of cause; `not_measured` says what could not be gated and why.
     """
 
     schema: int
@@ -50,12 +50,14 @@ class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verdict: Verdict
     reasons: tuple[str, ...]
     smoke: bool
-    images: int
     patients: int
     needed: int | None
-    margins: Gate
     quantities: tuple[Quantity, ...]
     not_measured: dict[str, str] = {}
+
+    def counted(self) -> tuple[int, str]:
+        """How many cases were compared, and what a case is."""
+        raise NotImplementedError
 
     @property
     def reason(self) -> str:
@@ -73,3 +75,14 @@ class GateReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if quantity.name == name:
                 return quantity
         raise KeyError(name)
+
+
+class GateReport(Judged, frozen=True, kw_only=True):
+    """The verdict on a captioner."""
+
+    images: int
+    margins: Gate
+
+    def counted(self) -> tuple[int, str]:
+        """See `Judged.counted`."""
+        return self.images, "images"

@@ -8,7 +8,7 @@ from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import Comparison, Figure, Row
 from exporter.compare.speed import NOISY
 from exporter.compare.statistics import RESAMPLES, SEED
-from exporter.compare.verdict import ENOUGH_IMAGES, GateReport, Quantity
+from exporter.compare.verdict import ENOUGH_IMAGES, Judged, Quantity
 
 DASH = "-"
 MOST_REASONS = 3
@@ -75,7 +75,7 @@ def bound_text(quantity: Quantity) -> str:
     return f"{one(quantity.value)}{inside}, allowed {' and '.join(margins)}"
 
 
-def verdict_lines(report: GateReport) -> list[str]:
+def verdict_lines(report: Judged) -> list[str]:
     """The verdict, its reasons and what would decide it: first in every output."""
     lines = [f"{report.label}: {report.candidate} against {report.reference}"]
     shown = report.reasons[:MOST_REASONS]
@@ -83,14 +83,13 @@ def verdict_lines(report: GateReport) -> list[str]:
     if len(report.reasons) > len(shown):
         lines.append(f"  and {len(report.reasons) - len(shown)} more")
     if report.verdict == "INCONCLUSIVE":
-        lines.append(
-            f"  {report.images} images of {report.patients} patients; "
-            + (
-                f"{report.needed} images would decide it, if it goes on as seen"
-                if report.needed
-                else "no number of images can be named that would decide it"
-            )
+        count, unit = report.counted()
+        more = (
+            f"{report.needed} {unit} would decide it, if it goes on as seen"
+            if report.needed
+            else f"no number of {unit} can be named that would decide it"
         )
+        lines.append(f"  {count} {unit} of {report.patients} patients; {more}")
     return lines
 
 

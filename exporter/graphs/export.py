@@ -86,37 +86,62 @@ def export_model(  # noqa: PLR0913 (each is one decision of the caller)
         refuse_dialect(task.TASK, dialect)
         weights = WeightSource(source, float_storage, progress)
         return _export_task(source, out, task, config, weights, float_storage, accuracy_level)
+    if dialect == "standard":
+        accuracy_level = tower_accuracy_level = 0
+    asked = _Asked(dialect, float_storage, accuracy_level, tower_accuracy_level, compute)
+    return _export_captioner(source, out, config, asked, examples, progress)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a captioner's graphs are written; see `export_model`."""
+
+    dialect: Dialect
+    float_storage: FloatStorage
+    accuracy_level: int
+    tower_accuracy_level: int
+    compute: Compute
+
+
+def _export_captioner(
+    source: Path,
+    out: Path,
+    config: Mapping[str, Any],
+    asked: _Asked,
+    examples: Sequence[Image],
+    progress: Progress,
+) -> ExportReport:
     family = family_of(config)
     decoder, tower = family.decoder_spec(config), family.tower_spec(config)
-    weights = WeightSource(source, float_storage, progress)
+    weights = WeightSource(source, asked.float_storage, progress)
     need_space(out, weights.graph_bytes())
     model = out / "model"
     onnx = model / "onnx"
     onnx.mkdir(parents=True)
-    if dialect == "standard":
-        accuracy_level = tower_accuracy_level = 0
-        half = compute == "float16"
+    widened: Mapping[str, str] = {}
+    if asked.dialect == "standard":
+        half = asked.compute == "float16"
         parts, widened = write_standard(onnx, decoder, tower, weights, half=half)
     else:
         parts = (
-            write_vision(onnx, tower, weights, tower_accuracy_level),
+            write_vision(onnx, tower, weights, asked.tower_accuracy_level),
             write_tokens(onnx, decoder, weights),
-            write_text_decoder(onnx, decoder, weights, DecoderOptions(accuracy_level)),
+            write_text_decoder(onnx, decoder, weights, DecoderOptions(asked.accuracy_level)),
         )
     report = ExportReport(
-        dialect=dialect,
-        float_storage=float_storage,
-        accuracy_level=accuracy_level,
-        tower_accuracy_level=tower_accuracy_level,
+        dialect=asked.dialect,
+        float_storage=asked.float_storage,
+        accuracy_level=asked.accuracy_level,
+        tower_accuracy_level=asked.tower_accuracy_level,
         opset=OPSET,
         parts=parts,
         bits=weights.bits,
         unused=weights.finish([*decoder.tensors(), *tower.tensors()]),
     )
     copy_small_files(source, model)
-    complete_for_readers(model, parts, genai=dialect == "ort")
-    if dialect == "standard":
-        report = _described(report, model, widened, compute, examples)
+    complete_for_readers(model, parts, genai=asked.dialect == "ort")
+    if asked.dialect == "standard":
+        report = _described(report, model, widened, asked.compute, examples)
     _write_report(report, out)
     return report
 

@@ -15,12 +15,11 @@ from exporter.compare.predictions import predictions_file
 from exporter.compare.tasks.records import TaskComparison
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.progress import Progress, silent
-from exporter.pipeline.evaluation import compare_candidates, open_evaluation
+from exporter.pipeline.evaluation import IMAGES, compare_candidates, open_evaluation
 from exporter.pipeline.task_checks import TaskQuestion, compare_task_models, task_of
 from exporter.runtimes.providers import Device
 
 LENGTH = 64
-CAPTIONS = "phantoms-eval"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def compare_any(
     profile = model_profiles().get(bundle.lineage.base.name) if bundle else None
     length = asked.max_new_tokens or (bundle.usage.max_new_tokens if bundle else LENGTH)
     evaluation = open_evaluation(
-        asked.evaluation or CAPTIONS,
+        asked.evaluation or IMAGES,
         limit=asked.limit,
         prompt=asked.prompt or (bundle.usage.prompt if bundle else None),
         max_new_tokens=length,

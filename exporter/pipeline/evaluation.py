@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from exporter.compare.compare import Comparison
 
 REFERENCE = "fp16"
+# What captioners are compared on where nothing is given.
+IMAGES = "phantoms-eval"
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def compare(
     return b.stages.run(
         "compare",
         make,
-        version=2,
+        version=3,
         parents=[reference.key, *(artifact.key for artifact in rows.values())],
         options=options,
         detail=f"{', '.join(rows) or 'the reference alone'} with fp16",

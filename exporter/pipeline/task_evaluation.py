@@ -15,14 +15,14 @@ from exporter.core.digest import canonical_json, sha256_file, sha256_json
 from exporter.core.progress import Progress, silent
 from exporter.core.text_cases import TextCase
 from exporter.families.tasks import Task
-from exporter.pipeline.evaluation import REFERENCE, spread
+from exporter.pipeline.evaluation import IMAGES, REFERENCE, spread
 from exporter.runtimes.threads import usable_cores
 
 if TYPE_CHECKING:
     from exporter.compare.tasks.comparison import TaskComparison
 
 # What a task is compared on where nothing is given.
-IMAGES, TEXTS = "phantoms-eval", "reports-eval"
+TEXTS = "reports-eval"
 # Beside set.json, a line per case: id, labels (name: true or false), masks (label: file).
 ANNOTATIONS = "annotations.jsonl"
 SETS: Mapping[Task, str] = {

@@ -13,11 +13,12 @@ import msgspec
 
 from exporter.catalog.schema import TaskGate
 from exporter.compare.candidates import NOISE_FLOOR, Candidate, check_candidates, part_bytes
+from exporter.compare.junit import junit_xml
+from exporter.compare.machine import machine
 from exporter.compare.passes import Steps
 from exporter.compare.speed import SpeedPlan
 from exporter.compare.tasks.jobs import TaskResult
 from exporter.compare.tasks.judge import judge_task
-from exporter.compare.tasks.junit import task_junit
 from exporter.compare.tasks.measure import Annotation, Measure, Measured, read_annotations
 from exporter.compare.tasks.passes import TaskSetting, quality_pass, speed_pass
 from exporter.compare.tasks.records import (
@@ -33,7 +34,7 @@ from exporter.compare.tasks.segmentation import SegmentationMeasure
 from exporter.compare.tasks.speed import memory_figures, speed_figures
 from exporter.compare.tasks.summary import SummaryMeasure
 from exporter.compare.tasks.text_encoder import TextEncoderMeasure
-from exporter.compare.tasks.wording import machine, method_lines, summary_line
+from exporter.compare.tasks.wording import method_lines, summary_line
 from exporter.compare.tasks.zero_shot import ZeroShotMeasure
 from exporter.core.artifact import write_atomic
 from exporter.core.cases import Case
@@ -255,4 +256,4 @@ def _write(
     ]
     write_atomic(out / "cases.jsonl", b"".join(msgspec.json.encode(r) + b"\n" for r in rows))
     write_atomic(out / "report.html", render_task_report(comparison, lineage, pictures).encode())
-    write_atomic(out / "junit.xml", task_junit(comparison.gates))
+    write_atomic(out / "junit.xml", junit_xml(*comparison.gates))

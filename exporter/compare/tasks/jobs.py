@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare.jobs import Scores
+from exporter.compare.process import explain_end, run_worker
 from exporter.core.artifact import write_atomic
-from exporter.core.data import PACKAGE
 from exporter.core.digest import sha256_json
-from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError, WrongUsage
+from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
 from exporter.families.tasks import Task
 
 WORKER = "exporter.compare.tasks.worker"
-LOG_LINES = 12
 ARRAYS = "arrays.npz"
 
 
@@ -114,10 +109,12 @@ def run_task_job(job: TaskJob, progress: Progress = silent) -> TaskResult:
     folder.mkdir(parents=True, exist_ok=True)
     request, log = folder / "request.json", folder / "worker.log"
     write_atomic(request, msgspec.json.encode(job))
-    code = _run(request, log, job, progress)
+    code = run_worker(
+        WORKER, request, log, threads=job.threads, total=len(job.cases), progress=progress
+    )
     result = read_task_result(folder)
     if code != 0 or result is None:
-        raise _explained(job, code, log)
+        raise explain_end(f"the {job.role} process of '{job.name}'", code, log)
     return result
 
 
@@ -139,51 +136,3 @@ def read_array(folder: Path, name: str) -> NDArray[np.generic]:
             f"{folder / ARRAYS}: {error}; expected array '{name}', remove the work folder"
         ) from error
     return found
-
-
-def _run(request: Path, log: Path, job: TaskJob, progress: Progress) -> int:
-    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": str(job.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(request)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            text=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            # The worker prints one line per case; if we die, its next line breaks the pipe.
-            for done, line in enumerate(process.stdout, 1):
-                progress(min(done, len(job.cases)), len(job.cases), line.strip())
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.kill()
-
-
-def _explained(job: TaskJob, code: int, log: Path) -> MedexportError:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = " | ".join(line.strip() for line in lines[-LOG_LINES:]) or "it printed nothing"
-    what = f"the {job.role} process of '{job.name}'"
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; was memory short?" if code == -signal.SIGKILL else ""
-        return EnvironmentLacks(
-            f"{what} was ended by {name}{hint} Run the same command again; last lines: {last}"
-        )
-    for kind in (WrongUsage, InputRefused, EnvironmentLacks):
-        if code == kind.exit_code:
-            return kind(f"{what}: {lines[-1] if lines else last}")
-    return MedexportError(
-        f"{what} failed with code {code}, expected 0; see {log}; last lines: {last}"
-    )

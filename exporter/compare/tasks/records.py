@@ -9,7 +9,7 @@ import msgspec
 
 from exporter.catalog.schema import TaskGate
 from exporter.compare.records import Figure, Memory
-from exporter.compare.verdict import Quantity, Verdict
+from exporter.compare.verdict import Judged
 from exporter.core.errors import GateFailed, GateInconclusive, InputRefused
 from exporter.families.tasks import Task
 
@@ -21,39 +21,16 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A strict, immutable record."""
 
 
-class TaskGateReport(Record, frozen=True):
-    """The verdict on one candidate; fields as in `verdict.GateReport`, `count` is of `unit`."""
+class TaskGateReport(Judged, frozen=True, kw_only=True):
+    """The verdict on one candidate of a task; `count` is of `unit`."""
 
-    schema: int
-    candidate: str
-    reference: str
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    smoke: bool
     unit: Unit
     count: int
-    patients: int
-    needed: int | None
     margins: TaskGate
-    quantities: tuple[Quantity, ...]
-    not_measured: dict[str, str] = {}
 
-    @property
-    def reason(self) -> str:
-        """What decided, the likeliest cause first."""
-        return self.reasons[0]
-
-    @property
-    def label(self) -> str:
-        """The verdict as every output names it."""
-        return f"{self.verdict} (smoke test)" if self.smoke else self.verdict
-
-    def quantity(self, name: str) -> Quantity:
-        """The quantity called `name`. Raises KeyError."""
-        for quantity in self.quantities:
-            if quantity.name == name:
-                return quantity
-        raise KeyError(name)
+    def counted(self) -> tuple[int, str]:
+        """See `Judged.counted`."""
+        return self.count, self.unit
 
 
 class Latency(Record, frozen=True):

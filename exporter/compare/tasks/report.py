@@ -18,9 +18,16 @@ from exporter.compare.tasks.wording import (
     shown,
     shown_gates,
     smoke_note,
+)
+from exporter.compare.wording import (
+    DASH,
+    bound_text,
+    megabytes,
+    number,
+    percent,
+    small,
     verdict_lines,
 )
-from exporter.compare.wording import DASH, bound_text, megabytes, number, percent, small
 
 # Cases of each candidate that are shown one by one.
 SHOWN = 24

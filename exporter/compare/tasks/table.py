@@ -11,9 +11,8 @@ from exporter.compare.tasks.wording import (
     shown,
     shown_gates,
     smoke_note,
-    verdict_lines,
 )
-from exporter.compare.wording import DASH, megabytes, number
+from exporter.compare.wording import DASH, megabytes, number, verdict_lines
 
 WIDTH = 100
 

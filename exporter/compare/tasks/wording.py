@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.passes import noise_floor_threads
@@ -15,7 +12,7 @@ from exporter.compare.statistics import RESAMPLES, SEED
 from exporter.compare.tasks.jobs import TaskResult
 from exporter.compare.tasks.records import TaskComparison, TaskGateReport, TaskRow
 from exporter.compare.verdict import ENOUGH_IMAGES
-from exporter.compare.wording import DASH, MOST_REASONS, small
+from exporter.compare.wording import DASH, small
 
 TITLES = {
     "zero-shot": "Zero-shot classification and retrieval",
@@ -54,23 +51,6 @@ def _digits(value: float, *, signed: bool) -> str:
         return f"1 - {small(1 - value)}"
     text = f"{value:.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
     return f"+{text}" if signed and value >= 0 else text
-
-
-def verdict_lines(report: TaskGateReport) -> list[str]:
-    """The verdict, its reasons and what would decide it: first in every output."""
-    lines = [f"{report.label}: {report.candidate} against {report.reference}"]
-    reasons = report.reasons[:MOST_REASONS]
-    lines += [f"  {'because' if i == 0 else 'and'} {r}" for i, r in enumerate(reasons)]
-    if len(report.reasons) > len(reasons):
-        lines.append(f"  and {len(report.reasons) - len(reasons)} more")
-    if report.verdict == "INCONCLUSIVE":
-        more = (
-            f"{report.needed} would decide it, if it goes on as seen"
-            if report.needed
-            else "no number can be named that would decide it"
-        )
-        lines.append(f"  {report.count} {report.unit} of {report.patients} patients; {more}")
-    return lines
 
 
 def shown_gates(comparison: TaskComparison) -> list[TaskGateReport]:
@@ -138,19 +118,3 @@ def method_lines(threads: int, timed: Mapping[str, Sequence[TaskResult]]) -> dic
         )
         lines["memory"] = "peak resident set (VmHWM) of those processes"
     return lines
-
-
-def machine(threads: int) -> dict[str, str]:
-    """What the machine is, for the record."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux: the architecture's name has to do
-    return {
-        "cpu": name,
-        "cores": str(os.cpu_count() or 1),
-        "threads": str(threads),
-        "system": f"{platform.system()} {platform.release()}",
-    }

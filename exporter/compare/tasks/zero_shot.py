@@ -34,7 +34,9 @@ from exporter.runtimes.tasks.zero_shot import label_scores, retrieval_ranks
 
 TOP = (1, 5, 10)
 GATED_TOP = 5
-NO_LABELS = "fewer than two modalities, and no finding on enough images with and without it"
+NO_MODALITIES = "fewer than two modalities with enough images"
+NO_FINDINGS = "no finding on enough images with and without it"
+NO_LABELS = f"{NO_MODALITIES}, and {NO_FINDINGS}"
 NO_CAPTIONS = f"fewer than {GATED_TOP + 1} different captions"
 Float64 = NDArray[np.float64]
 
@@ -115,7 +117,8 @@ class ZeroShotMeasure:
             figures["text cosine"] = figure(means(1 - moved, texts))
             figures["worst text cosine"] = plain(float(1 - moved.max()), texts)
             quantities["text vectors"] = _shift_quantity("text vectors", moved, texts, texts, gate)
-        quantities["labels"] = self._label_quantity(decided, before, gate)
+        quantities["labels"] = self._modality_quantity(decided, before, gate)
+        quantities["findings"] = self._finding_quantity(decided, before, gate)
         differences: dict[str, Figure] = {}
         for pair in (
             *self._class_figures(decided, before, gate),
@@ -166,17 +169,26 @@ class ZeroShotMeasure:
             none if modality is None else modality, np.stack(pairs, 1) if pairs else none
         )
 
-    def _label_quantity(self, own: Decided, base: Decided, gate: TaskGate) -> Quantity | str:
-        now, before = own.decisions(), base.decisions()
-        if not now:
-            return NO_LABELS
-        if self._truth.modalities:
-            changed = now[0] != before[0]
-            said = f"another modality is the most likely on {int(changed.sum())} of {len(changed)}"
-        else:
-            changed = np.any([a != b for a, b in zip(now, before, strict=True)], axis=0)
-            said = f"a finding is decided otherwise on {int(changed.sum())} of {len(changed)}"
-        return rate("labels", changed.tolist(), self._patients, gate.label_change, said + " images")
+    def _modality_quantity(self, own: Decided, base: Decided, gate: TaskGate) -> Quantity | str:
+        if not self._truth.modalities:
+            return NO_MODALITIES
+        changed = own.modality.argmax(1) != base.modality.argmax(1)
+        said = (
+            f"another modality is the most likely on {int(changed.sum())} of {len(changed)} images"
+        )
+        return rate("labels", changed.tolist(), self._patients, gate.label_change, said)
+
+    def _finding_quantity(self, own: Decided, base: Decided, gate: TaskGate) -> Quantity | str:
+        """Present for absent, or the other way round, on any finding of an image."""
+        if not self._truth.findings:
+            return NO_FINDINGS
+        turned = (own.findings > 0.5) != (base.findings > 0.5)
+        changed = turned.any(axis=1)
+        most = int(turned.sum(axis=0).argmax())
+        said = f"a finding is turned over on {int(changed.sum())} of {len(changed)} images"
+        if changed.any():
+            said += f", most often {self._truth.findings[most]} ({int(turned[:, most].sum())})"
+        return rate("findings", changed.tolist(), self._patients, gate.flip_rate, said)
 
     def _scored(
         self, decided: Decided

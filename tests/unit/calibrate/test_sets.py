@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from exporter.calibrate import sets
+from exporter.calibrate import setfiles
 from exporter.calibrate.sets import open_set
 from exporter.core.cases import Case
 from exporter.core.errors import InputRefused, WrongUsage
@@ -63,7 +63,7 @@ def test_the_digest_follows_the_content(tmp_path: Path) -> None:
 
 def test_names_resolve_to_the_shipped_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path / "phantoms")
-    monkeypatch.setattr(sets, "data_root", lambda kind: tmp_path)
+    monkeypatch.setattr(setfiles, "data_root", lambda kind: tmp_path)
     assert open_set("phantoms").name == "try"
     with pytest.raises(WrongUsage, match=r"no image set 'nothing'.*phantoms"):
         open_set("nothing")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from exporter.catalog.schema import Gate
-from exporter.compare import jobs
+from exporter.compare import process
 from exporter.compare.candidates import Candidate
 from exporter.compare.check import BASELINE, NEW, Question, baseline_row, check_bundles
 from exporter.compare.compare import Plan, compare_models, read_comparison, write_reports
@@ -102,7 +102,7 @@ def test_a_finished_check_starts_no_process_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", refuse)
+    monkeypatch.setattr(process.subprocess, "Popen", refuse)
     assert check_bundles(models.int8, released, question(cases), tmp_path, gate=GATE) == first
     changed = tmp_path / "changed"
     shutil.copytree(models.int8, changed)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from exporter.compare import jobs
+from exporter.compare import process
 from exporter.compare.candidates import Candidate, part_bytes
 from exporter.compare.compare import Plan, compare_models, read_comparison, write_reports
 from exporter.compare.quality.rouge import rouge1
@@ -140,7 +140,7 @@ def test_a_finished_run_starts_no_process_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", refuse)
+    monkeypatch.setattr(process.subprocess, "Popen", refuse)
     assert run() == comparison
 
 

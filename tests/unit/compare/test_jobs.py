@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from exporter.compare import jobs
+from exporter.compare import process
 from exporter.compare.jobs import CaseResult, Job, JobCase, JobResult, run_job
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError
 
@@ -36,7 +36,7 @@ def pretend_python(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -
     path = folder / "python"
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
-    monkeypatch.setattr(jobs.sys, "executable", str(path))
+    monkeypatch.setattr(process.sys, "executable", str(path))
 
 
 def test_a_refusal_in_the_worker_is_the_same_refusal_here(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from exporter.catalog.schema import TaskGate
 from exporter.compare.tasks.judge import judge_task
 from exporter.compare.tasks.measure import Measured
 from exporter.compare.tasks.records import TaskGateReport
-from exporter.compare.tasks.wording import verdict_lines
 from exporter.compare.verdict import Quantity, Verdict
+from exporter.compare.wording import verdict_lines
 
 
 def quantity(name: str, verdict: Verdict, needed: int | None = None) -> Quantity:
@@ -43,14 +43,14 @@ def test_what_needs_most_stands_first_when_undecided() -> None:
     report = judged(quantity("a", "INCONCLUSIVE", 300), quantity("b", "INCONCLUSIVE", 500))
     assert [r[0] for r in report.reasons] == ["b", "a"] and report.needed == 500
     assert verdict_lines(report)[-1] == (
-        "  200 texts of 100 patients; 500 would decide it, if it goes on as seen"
+        "  200 texts of 100 patients; 500 texts would decide it, if it goes on as seen"
     )
 
 
 def test_no_number_is_named_when_one_is_unknown() -> None:
     report = judged(quantity("a", "INCONCLUSIVE", 300), quantity("b", "INCONCLUSIVE"))
     assert report.reasons[0].startswith("b") and report.needed is None
-    assert "no number can be named" in verdict_lines(report)[-1]
+    assert "no number of texts can be named" in verdict_lines(report)[-1]
 
 
 def test_few_cases_and_quick_looks_are_smoke_tests() -> None:

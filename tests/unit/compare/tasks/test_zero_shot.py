@@ -131,6 +131,23 @@ def test_one_modality_gone_is_seen_with_the_right_reason(
     assert found.labels["mri"].differences["auroc"].value < -0.2
 
 
+def test_a_finding_turned_over_fails_though_modality_and_auroc_stay(
+    cases: tuple[Case, ...], measure: ZeroShotMeasure, embedded: Embedded
+) -> None:
+    """Present for absent on some images, by exchanging a finding's text with its denial's."""
+    place = len(measure._truth.modalities)
+    labels = embedded.labels.copy()
+    labels[[place, place + 1]] = labels[[place + 1, place]]
+    found = measure.measure(replace(embedded, labels=labels), embedded, TaskGate())
+    quantity = found.quantities["findings"]
+    assert isinstance(quantity, Quantity) and quantity.verdict == "FAIL"
+    assert measure._truth.findings[0] in quantity.said
+    modality = found.quantities["labels"]
+    assert isinstance(modality, Quantity) and modality.verdict == "PASS"
+    turned = [a for a in found.answers if any("->" in change for change in a.changes)]
+    assert round(quantity.value * len(cases)) == len(turned) > 5
+
+
 def test_a_small_set_is_inconclusive_and_says_how_many_are_needed(
     tmp_path: Path, embedded: Embedded
 ) -> None:
@@ -172,7 +189,7 @@ def test_without_labels_and_captions_it_is_said_what_was_not_measured(tmp_path: 
     )
     found = measure.measure(vectors, vectors, TaskGate())
     assert {n for n, q in found.quantities.items() if isinstance(q, str)} == {
-        "labels", "auroc", "retrieval",
+        "labels", "findings", "auroc", "retrieval",
     }  # fmt: skip
 
 
