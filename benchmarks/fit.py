@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from exporter.catalog.shape_parts import ModelShape
+    from exporter.families.shapes.parts import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS = Path("/proc/self/status")
@@ -105,8 +105,8 @@ def child(arguments: list[str], options: argparse.Namespace) -> str:
 
 def predicted(model: str, scheme: str) -> int:
     """The plan's sum for this machine, in bytes."""
-    from exporter.catalog.model_shape import shape_of
     from exporter.catalog.profiles import find_model
+    from exporter.families.shapes.find import shape_of
     from exporter.pipeline.fit import predict
     from exporter.pipeline.targets import choose_target
     from exporter.quantizers.schemes import find_scheme
@@ -117,9 +117,9 @@ def predicted(model: str, scheme: str) -> int:
 
 def export(model: str, scheme: str, out: Path, threads: int) -> None:
     """Checkpoint, quantized folder and graphs of `model` under `out`."""
-    from exporter.catalog.model_shape import shape_of
     from exporter.catalog.profiles import find_model
     from exporter.core.data import data_root
+    from exporter.families.shapes.find import shape_of
     from exporter.graphs.export import export_model
     from exporter.quantizers.run import quantize_model
     from exporter.quantizers.schemes import find_scheme
@@ -194,9 +194,9 @@ class Markers:
 
 def caption(model: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Peak memory and seconds of one caption in this process."""
-    from exporter.catalog.model_shape import shape_of
     from exporter.catalog.profiles import find_model
     from exporter.families.base import PromptInputs
+    from exporter.families.shapes.find import shape_of
     from exporter.pipeline.fit import workload
     from exporter.runtimes.ort import OrtEngine
 

@@ -215,8 +215,8 @@ def child(command: str, case: Case, place: Path, options: argparse.Namespace) ->
 
 def roofline(case: Case, row: dict[str, Any], bandwidth: float | None) -> dict[str, Any] | None:
     """Bytes that a token reads, tokens a second at full bandwidth, and the share reached."""
-    from exporter.catalog.model_shape import shape_of
     from exporter.catalog.profiles import find_model
+    from exporter.families.shapes.find import shape_of
     from exporter.pipeline.fit_sizes import token_bytes
     from exporter.quantizers.schemes import find_scheme
 

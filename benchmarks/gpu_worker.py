@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from shapes import config_of, write_small_files
 
-from exporter.catalog.model_shape import shape_of
 from exporter.catalog.profiles import find_model
 from exporter.catalog.schema import ModelProfile
 from exporter.core.data import data_root
 from exporter.core.errors import MedexportError
 from exporter.core.tensors import Checkpoint, SafetensorsWriter
 from exporter.families.base import PromptInputs
+from exporter.families.shapes.find import shape_of
 from exporter.families.table import family_of
 from exporter.quantizers.plan import LayerPlan, plan_model
 from exporter.quantizers.run import QuantizationReport, QuantizedLayer, quantize_model

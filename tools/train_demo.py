@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from exporter.calibrate.phantoms.samples import Phantom, draw_phantoms  # noqa: E402
-from exporter.families.idefics3 import open_preparer  # noqa: E402
+from exporter.families.captioners.idefics3 import open_preparer  # noqa: E402
 from tools.demo_files import PROMPT, write_model_files  # noqa: E402
 
 VOCABULARY, IMAGES, CHUNK = 900, 4, 50

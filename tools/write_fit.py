@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exporter.catalog.model_shape import shape_of
 from exporter.catalog.profiles import find_model, find_target, model_profiles, target_profiles
 from exporter.catalog.schema import TargetProfile
-from exporter.catalog.shape_parts import ModelShape
 from exporter.core.errors import InputRefused
+from exporter.families.shapes.find import shape_of
+from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit import INSTRUCTION, MARGIN, Fit, predict
 from exporter.pipeline.fit_memory import ARENA, CPU_RUNTIME, GPU_RUNTIME
 from exporter.pipeline.fit_speed import CPU, LIKELY

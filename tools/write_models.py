@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exporter.catalog.profiles import find_model, model_profiles
 from exporter.catalog.schema import ModelProfile
-from exporter.families.task_table import TASK_FAMILIES
+from exporter.families.table import TASK_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/models.md"

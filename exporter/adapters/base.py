@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from exporter.adapters.keys import Layout, layout_of
 from exporter.core.digest import sha256_file, sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS
+from exporter.families.checkpoints import folder_config, joined_tensors, layout_of, left_out_tensors
 from exporter.families.config import tied_section
-from exporter.families.published import folder_config, joined_tensors, left_out_tensors
+from exporter.families.layouts.names import Layout
 
 QUANTIZED_SUFFIXES = (
     ".qweight",

@@ -20,8 +20,8 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import copy_small_files
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, ITEM_BYTES, SafetensorsWriter
+from exporter.families.checkpoints import complete_published
 from exporter.families.config import with_tied
-from exporter.families.published import complete_published
 
 PROOF = "merge.json"
 # Room for the small files and the header beside the tensors.

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.families.config import image_token
-from exporter.families.table import FAMILIES, family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.table import FAMILIES, family_of, task_family_of
 from exporter.families.tasks import TaskFamily
 
 Outputs = Mapping[str, NDArray[np.float32]]

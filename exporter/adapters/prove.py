@@ -26,7 +26,7 @@ from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint, total_bytes
-from exporter.families.task_table import task_family_of
+from exporter.families.table import task_family_of
 from exporter.families.torch_classes import is_own
 from exporter.runtimes.quiet import quiet_transformers
 from exporter.runtimes.torch_reference import load_model, model_of

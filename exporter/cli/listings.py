@@ -31,7 +31,7 @@ def models(as_json: bool) -> None:
     docs/models.md names the test of every claim.
     """
     from exporter.catalog.profiles import model_profiles
-    from exporter.families.task_table import TASK_FAMILIES
+    from exporter.families.table import TASK_FAMILIES
     from exporter.pipeline.resolve import scheme_named
 
     tasks = {name: family.TASK for name, family in TASK_FAMILIES.items()}

@@ -25,7 +25,7 @@ from exporter.core.errors import ParityFailed
 from exporter.core.modelfiles import read_config
 from exporter.core.progress import Progress, silent
 from exporter.families.base import Feed
-from exporter.families.task_table import required_task_family
+from exporter.families.table import required_task_family
 from exporter.families.tasks import (
     ENCODER_GRAPH,
     SEQ2SEQ_DECODER,

@@ -39,7 +39,7 @@ DANGEROUS_KEYS = frozenset(
     }
 )
 MODELING = re.compile(
-    r"transformers\.models\.\w+\.modeling_\w+|exporter\.families\.\w+_torch", re.ASCII
+    r"transformers\.models\.\w+\.modeling_\w+|exporter\.families\.reference\.\w+", re.ASCII
 )
 
 # Published with code of their own beside the weights. A class of ours reads them and that code is never

@@ -12,7 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from exporter.families.decoder import TextDecoder, example_texts
+from exporter.catalog.schema import Value
+from exporter.families.layouts.names import Layout
+from exporter.families.layouts.published import PublishedLayout
+from exporter.families.shapes.parts import ShapeOf
+from exporter.families.specs.decoder import TextDecoder, example_texts
 
 if TYPE_CHECKING:
     import torch
@@ -314,15 +318,27 @@ class Preparer(Protocol):
         ...
 
 
-class Family(Protocol):
+class KnownFamily(Protocol):
+    """What the file of any family says of checkpoints and sizes, by model_type."""
+
+    MODEL_TYPES: tuple[str, ...]
+    # Class of transformers by model_type, or by what architectures says where heads differ;
+    # ``module:Class`` for a class of the family's own.
+    TORCH_CLASSES: Mapping[str, str]
+    # Names of tensors in older versions of transformers; layouts of other libraries.
+    LAYOUTS: tuple[Layout, ...]
+    PUBLISHED: Mapping[str, PublishedLayout]
+    # What the config class puts where config.json has no key, by dotted key.
+    CONFIG_DEFAULTS: Mapping[str, Value]
+    # Sizes for plans.
+    SHAPES: Mapping[str, ShapeOf]
+
+
+class Family(KnownFamily, Protocol):
     """The module-level names of a family's file. The torch functions are for the build side only.
 
     A family without use for an instruction has an empty ``DEFAULT_PROMPT`` too.
     """
-
-    MODEL_TYPES: tuple[str, ...]
-    # Class of transformers by model_type; ``module:Class`` for a class of the family's own.
-    TORCH_CLASSES: Mapping[str, str]
 
     def decoder_spec(self, config: Mapping[str, Any]) -> TextDecoder:
         """Spec of the decoder from a parsed config.json. Raises `InputRefused` on a bad config."""

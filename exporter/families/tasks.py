@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from exporter.families.base import Feed, TensorSpec
+from exporter.families.base import Feed, KnownFamily, TensorSpec
 
 # zero-shot: images and texts in one space; segmentation: a mask for an image and a text;
 # text-encoder: hidden states, a sentence's vector, or the scores of a classification head;
@@ -44,14 +44,10 @@ class GraphSpec(Protocol):
         ...
 
 
-class TaskFamily(Protocol):
+class TaskFamily(KnownFamily, Protocol):
     """The module-level names of a task family's file; torch only inside what the build side calls."""
 
-    MODEL_TYPES: tuple[str, ...]
     TASK: Task
-    # Class of transformers by model_type, or by what architectures says where heads differ;
-    # ``module:Class`` for a class of the family's own.
-    TORCH_CLASSES: Mapping[str, str]
 
     def graphs(self, config: Mapping[str, Any]) -> Mapping[str, GraphSpec]:
         """Spec of each graph by its file's stem, in the order in which they are written.

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from exporter.families.table import FAMILIES, family_of
-from exporter.families.task_table import TASK_FAMILIES, task_family_of
+from exporter.families.table import FAMILIES, TASK_FAMILIES, family_of, task_family_of
 
 
 def class_name(config: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from exporter.core.modelfiles import copy_small_files, read_config, read_json
 from exporter.core.nf4 import NF4_DATA, NF4_SCALES, NF4_VALUES, nf4_shapes
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import ITEM_BYTES, Checkpoint, SafetensorsWriter
-from exporter.families.llama import NO_FORMAT, require_llama
+from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
 from exporter.formats.settings import KEY

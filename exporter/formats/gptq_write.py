@@ -23,7 +23,7 @@ from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config, read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, Checkpoint, SafetensorsWriter
-from exporter.families.llama import NO_FORMAT, require_llama
+from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
 from exporter.formats.gptq_matrix import to_gptq

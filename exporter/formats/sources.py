@@ -15,7 +15,7 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint
 from exporter.families.base import DecoderSpec
-from exporter.families.llama import NO_FORMAT, require_llama
+from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import FloatEntry
 from exporter.formats.settings import Settings, read_settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.bert_specs import BertSpec, HeadSpec, TextEncoderSpec
+from exporter.families.specs.bert import BertSpec, HeadSpec, TextEncoderSpec
 from exporter.graphs.embedding import table_rows
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.weights import WeightSource

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.bert_towers import BertText
+from exporter.families.specs.bert_towers import BertText
 from exporter.graphs.bert import Bert
 from exporter.graphs.linear import linear
 from exporter.graphs.weights import WeightSource

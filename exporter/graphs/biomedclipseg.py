@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.biomedclipseg_specs import TimmStates
+from exporter.families.specs.biomedclipseg import TimmStates
 from exporter.graphs.clipseg import give_states
 from exporter.graphs.linear import float_weight
 from exporter.graphs.vit import Vit

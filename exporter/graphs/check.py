@@ -14,9 +14,8 @@ import onnxruntime as ort
 from exporter.core.errors import InputRefused, ParityFailed
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.decoder import TextDecoder
-from exporter.families.table import family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.table import family_of, task_family_of
 from exporter.graphs import decoder, embedding, tower
 from exporter.graphs.writer import MICROSOFT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.clip_specs import ClipImage
+from exporter.families.specs.clip import ClipImage
 from exporter.graphs.clip_tower import clip_states
 from exporter.graphs.vit import Stream, Vit
 from exporter.graphs.weights import WeightSource

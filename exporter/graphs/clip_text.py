@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.clip_specs import ClipText
+from exporter.families.specs.clip import ClipText
 from exporter.graphs.embedding import table_rows
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.vit import ACTIVATION_OPS, QUICK_GELU_ALPHA, Stream

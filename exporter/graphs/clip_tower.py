@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.clip_tower import ClipTower
-from exporter.families.llava_vision import LlavaVision
+from exporter.families.specs.clip_tower import ClipTower
+from exporter.families.specs.llava_vision import LlavaVision
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME

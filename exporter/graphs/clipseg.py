@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from exporter.families.clipseg_specs import ClipStates, MaskDecoder
+from exporter.families.specs.clipseg import ClipStates, MaskDecoder
 from exporter.graphs.linear import float_weight
 from exporter.graphs.vit import Stream, Vit
 from exporter.graphs.weights import WeightSource

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.cris_specs import Bottleneck, Convolved, CrisImage, CrisText, level_shapes
+from exporter.families.specs.cris import Bottleneck, Convolved, CrisImage, CrisText, level_shapes
 from exporter.graphs.embedding import table_rows
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.matrices import Matrix, take_rows

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from exporter.families.cris_specs import TAPS, CrisMask, level_shapes
+from exporter.families.specs.cris import TAPS, CrisMask, level_shapes
 from exporter.graphs.cris import INT32, Net
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.weights import WeightSource

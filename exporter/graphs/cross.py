@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.decoder import TextDecoder
-from exporter.families.gpt2 import cross_names
-from exporter.families.vit_tower import CrossVit
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.gpt2 import cross_names
+from exporter.families.specs.vit_tower import CrossVit
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.tower import NAME

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.cnn_transformer import CellVision
-from exporter.families.densenet import NORM_EPS, DenseLayer
+from exporter.families.captioners.cnn_transformer import CellVision
+from exporter.families.specs.densenet import NORM_EPS, DenseLayer
 from exporter.graphs.cross import write_cross_outputs
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from exporter.core.blocks import PackedMatrix
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.matrices import Matrix
 
 if TYPE_CHECKING:

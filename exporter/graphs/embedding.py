@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
 from exporter.core.errors import InputRefused
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.matrices import Matrix

@@ -14,8 +14,7 @@ from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
-from exporter.families.table import family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.table import family_of, task_family_of
 from exporter.families.tasks import SEQ2SEQ_DECODER, Task, TaskFamily, task_tensors
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision

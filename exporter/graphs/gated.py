@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.idefics_specs import GatedLlama
+from exporter.families.specs.idefics import GatedLlama
 from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions, LlamaGraph, check_head_size
 from exporter.graphs.dialect import OpenDialect

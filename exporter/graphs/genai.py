@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.writer import OPSET
 
 MERGE = "merge_image_features"

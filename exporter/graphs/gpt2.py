@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.families.gpt2 import Gpt2Spec
+from exporter.families.specs.gpt2 import Gpt2Spec
 from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect

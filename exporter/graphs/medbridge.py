@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.medbridge import PREFIX, BridgedImage
+from exporter.families.task_models.medbridge import PREFIX, BridgedImage
 from exporter.graphs.clip_tower import clip_states
 from exporter.graphs.linear import float_weight
 from exporter.graphs.vit import Stream, Vit

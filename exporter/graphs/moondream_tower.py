@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.moondream_vision import MoondreamVision
+from exporter.families.specs.moondream_vision import MoondreamVision
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
@@ -30,7 +30,7 @@ def write_moondream_vision(
     pixel_values float32 [1, crops, 3, image_size, image_size], the whole image first; stitch_index
     int64 [height, width]: which row of all crops' rows stands where in their joined grid; row_shares
     float32 [patches, height] and column_shares [patches, width]: how the grid is averaged to the size
-    of one crop's (see `families.overlap_crops`) -> image_features float32 [1, tokens, output_size].
+    of one crop's (see `families.images.overlap_crops`) -> image_features float32 [1, tokens, output_size].
     Raises `InputRefused` when tensors are missing or of other shapes.
     """
     with GraphWriter(folder, NAME, dialect=dialect) as writer:

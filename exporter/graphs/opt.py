@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.families.opt import NORM_EPS, POSITION_OFFSET, OptSpec
+from exporter.families.specs.opt import NORM_EPS, POSITION_OFFSET, OptSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear

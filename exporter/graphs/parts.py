@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from exporter.families.base import DecoderSpec, TowerSpec, VisionSpec
-from exporter.families.blip2_vision import Blip2Vision
-from exporter.families.cnn_transformer import CellVision
-from exporter.families.decoder import TextDecoder
-from exporter.families.gpt2 import Gpt2Spec
-from exporter.families.idefics_specs import GatedLlama, ResampledVision
-from exporter.families.llava_vision import LlavaVision
-from exporter.families.moondream_vision import MoondreamVision
-from exporter.families.opt import OptSpec
-from exporter.families.phi import PhiSpec
-from exporter.families.post_norm import PostNormDecoder
-from exporter.families.qwen_vision import QwenVisionSpec
-from exporter.families.vit_tower import CrossVit
+from exporter.families.captioners.cnn_transformer import CellVision
+from exporter.families.specs.blip2_vision import Blip2Vision
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.gpt2 import Gpt2Spec
+from exporter.families.specs.idefics import GatedLlama, ResampledVision
+from exporter.families.specs.llava_vision import LlavaVision
+from exporter.families.specs.moondream_vision import MoondreamVision
+from exporter.families.specs.opt import OptSpec
+from exporter.families.specs.phi import PhiSpec
+from exporter.families.specs.post_norm import PostNormDecoder
+from exporter.families.specs.qwen_vision import QwenVisionSpec
+from exporter.families.specs.vit_tower import CrossVit
 from exporter.graphs.clip_tower import write_llava_vision
 from exporter.graphs.cross import write_cross_vit
 from exporter.graphs.decoder import DecoderOptions, write_decoder

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.idefics_specs import ResampledVision
+from exporter.families.specs.idefics import ResampledVision
 from exporter.graphs.attention import attention
 from exporter.graphs.clip_tower import clip_states
 from exporter.graphs.dialect import OpenDialect

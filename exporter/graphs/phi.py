@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.phi import PhiSpec
+from exporter.families.specs.phi import PhiSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import linear

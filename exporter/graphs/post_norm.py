@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.families.post_norm import NORM_EPS, PostNormDecoder, PostNormSizes
+from exporter.families.specs.post_norm import NORM_EPS, PostNormDecoder, PostNormSizes
 from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect

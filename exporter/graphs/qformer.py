@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.blip2_vision import Blip2Vision, QFormer
+from exporter.families.specs.blip2_vision import Blip2Vision, QFormer
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME

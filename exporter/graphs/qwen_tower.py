@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.qwen_vision import NORM_EPS, QwenVisionSpec
+from exporter.families.specs.qwen_vision import NORM_EPS, QwenVisionSpec
 from exporter.graphs.attention import attention
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.linear import float_weight, linear
@@ -37,7 +37,7 @@ def write_qwen_vision(
 
     pixel_values float32 [patches, patch_values], patch_positions int64 [patches, 2]; with windows
     also window_patches int64 [windows, longest], window_lengths int32 [windows] and patch_places int64
-    [patches] (`families.qwen_vision.windows`) -> image_features float32 [rows, output_size]. Raises
+    [patches] (`families.specs.qwen_vision.windows`) -> image_features float32 [rows, output_size]. Raises
     `InputRefused` when tensors are missing or of other shapes.
     """
     with GraphWriter(folder, NAME, dialect=dialect) as writer:

@@ -15,7 +15,7 @@ from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json
 from exporter.core.modelfiles import read_config, read_json
 from exporter.families.base import ReaderFiles
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.families.table import family_of
 from exporter.graphs.genai import write_genai_files
 from exporter.graphs.writer import WrittenGraph

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.densenet import NORM_EPS
-from exporter.families.resnet import Bottleneck, ResNetImage
+from exporter.families.specs.densenet import NORM_EPS
+from exporter.families.specs.resnet import Bottleneck, ResNetImage
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.families.base import VitNames, VitSpec
-from exporter.families.swin import (
+from exporter.families.specs.swin import (
     FIXED_EPS,
     SwinBlock,
     SwinSpec,

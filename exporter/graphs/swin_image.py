@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onnx import TensorProto
 
-from exporter.families.medclip import SwinImage
+from exporter.families.task_models.medclip import SwinImage
 from exporter.graphs.linear import linear
 from exporter.graphs.swin import Swin
 from exporter.graphs.weights import WeightSource

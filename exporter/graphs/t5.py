@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
-from exporter.families.gpt2 import cross_names
-from exporter.families.t5_specs import T5Decoder, T5Encoder, T5Sizes, bias_by_distance
+from exporter.families.specs.gpt2 import cross_names
+from exporter.families.specs.t5 import T5Decoder, T5Encoder, T5Sizes, bias_by_distance
 from exporter.graphs.embedding import table_rows
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import Matrix

@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.families.bert_specs import TextEncoderSpec
-from exporter.families.bert_towers import BertText
-from exporter.families.biomedclipseg_specs import TimmStates
-from exporter.families.clip_specs import ClipImage, ClipText
-from exporter.families.clipseg_specs import ClipStates, MaskDecoder
-from exporter.families.cris_specs import CrisImage, CrisMask, CrisText
-from exporter.families.medbridge import BridgedImage
-from exporter.families.medclip import SwinImage
-from exporter.families.resnet import ResNetImage
-from exporter.families.t5_specs import T5Decoder, T5Encoder
+from exporter.families.specs.bert import TextEncoderSpec
+from exporter.families.specs.bert_towers import BertText
+from exporter.families.specs.biomedclipseg import TimmStates
+from exporter.families.specs.clip import ClipImage, ClipText
+from exporter.families.specs.clipseg import ClipStates, MaskDecoder
+from exporter.families.specs.cris import CrisImage, CrisMask, CrisText
+from exporter.families.specs.resnet import ResNetImage
+from exporter.families.specs.t5 import T5Decoder, T5Encoder
+from exporter.families.specs.timm_vit import TimmImage
+from exporter.families.task_models.medbridge import BridgedImage
+from exporter.families.task_models.medclip import SwinImage
 from exporter.families.tasks import GraphSpec
-from exporter.families.timm_vit import TimmImage
 from exporter.graphs.bert import write_text_encoder
 from exporter.graphs.bert_text import write_bert_text
 from exporter.graphs.biomedclipseg import write_timm_states

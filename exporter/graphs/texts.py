@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.core.errors import InputRefused
-from exporter.families.decoder import TextDecoder
-from exporter.families.gpt2 import cross_names
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.gpt2 import cross_names
 from exporter.graphs.attention import attention
 from exporter.graphs.dialect import OpenDialect, TextOps
 from exporter.graphs.writer import MICROSOFT, GraphWriter

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.timm_vit import TimmImage
+from exporter.families.specs.timm_vit import TimmImage
 from exporter.graphs.linear import float_weight
 from exporter.graphs.vit import Stream, Vit
 from exporter.graphs.weights import WeightSource

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from exporter.catalog.schema import ModelProfile, TargetProfile
-from exporter.catalog.shape_parts import ModelShape
 from exporter.core.errors import EnvironmentLacks, InputRefused
+from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit_memory import MemoryItem, predict_memory
 from exporter.pipeline.fit_sizes import weight_bytes
 from exporter.pipeline.fit_speed import LIKELY, LIMIT, Load, Speed, predict_speed

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from exporter.catalog.schema import TargetProfile
-from exporter.catalog.shape_parts import DecoderShape, EncoderShape, ModelShape, Part
+from exporter.families.shapes.parts import DecoderShape, EncoderShape, ModelShape, Part
 from exporter.pipeline.fit_sizes import FLOAT16, StoredWeights, stored
 from exporter.pipeline.fit_speed import CPU, Load, cache_item
 from exporter.quantizers.schemes import Scheme

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exporter.catalog.shape_parts import ModelShape, Part, Weights
 from exporter.core.blocks import BlockFormat
+from exporter.families.shapes.parts import ModelShape, Part, Weights
 from exporter.quantizers.packing import packed_bytes
 from exporter.quantizers.plan import fit_block
 from exporter.quantizers.schemes import Scheme

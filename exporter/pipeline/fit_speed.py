@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from exporter.catalog.schema import Precision, Quantity, TargetProfile
-from exporter.catalog.shape_parts import ModelShape
+from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit_sizes import (
     part_bytes,
     prefill_operations,

@@ -9,9 +9,8 @@ from typing import Any
 from exporter.adapters.base import open_newest
 from exporter.core.modelfiles import read_config
 from exporter.families.base import DecoderSpec
-from exporter.families.llama import require_llama
-from exporter.families.table import family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.specs.llama import require_llama
+from exporter.families.table import family_of, task_family_of
 from exporter.pipeline.budget import Budget
 from exporter.pipeline.mixed import HELD_OUT_SAMPLES, SENSITIVITY_SAMPLES
 from exporter.pipeline.tradeoff import POINTS, Chooser

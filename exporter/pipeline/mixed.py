@@ -20,7 +20,7 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config, read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint
-from exporter.families.llama import require_llama
+from exporter.families.specs.llama import require_llama
 from exporter.families.table import family_of
 from exporter.pipeline.budget import Budget
 from exporter.pipeline.calibrated import CALIBRATION, Calibration, calibration_record

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.catalog.model_shape import SHAPES, shape_of, shape_of_config
 from exporter.catalog.profiles import find_model
 from exporter.catalog.schema import ModelProfile, TargetProfile
-from exporter.catalog.shape_parts import ModelShape
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
-from exporter.families.published import folder_config
+from exporter.families.checkpoints import folder_config
+from exporter.families.shapes.find import SHAPES, shape_of, shape_of_config
+from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit import Fit, Recommendation, clock, predict, recommend, refuse_unfit
 from exporter.pipeline.fit_speed import LIKELY, Speed
 from exporter.pipeline.resolve import Resolved, folder_profile, is_model_folder, scheme_named

@@ -9,7 +9,7 @@ from typing import Any
 
 from exporter.adapters.base import open_newest
 from exporter.core.tensors import Checkpoint
-from exporter.families.published import folder_config
+from exporter.families.checkpoints import folder_config
 from exporter.pipeline.budget import read_budget
 from exporter.pipeline.forecast import Forecast, forecast
 from exporter.pipeline.resolve import Resolved, resolve

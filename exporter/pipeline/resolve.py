@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from exporter.catalog.check import check_config
 from exporter.catalog.profiles import find_model
 from exporter.catalog.schema import Facts, ModelProfile, Prompts
 from exporter.core.data import data_root
@@ -18,8 +17,8 @@ from exporter.core.errors import EnvironmentLacks, InputRefused, WrongUsage, req
 from exporter.core.modelfiles import SMALL_FILES, read_config
 from exporter.core.tensors import Checkpoint, total_bytes
 from exporter.families.base import DecoderSpec
-from exporter.families.table import FAMILIES, family_of
-from exporter.families.task_table import TASK_FAMILIES, task_family_of
+from exporter.families.check import check_config
+from exporter.families.table import FAMILIES, TASK_FAMILIES, family_of, task_family_of
 from exporter.families.tasks import Task
 from exporter.quantizers.schemes import base_name
 

@@ -13,7 +13,7 @@ from exporter.compare.tasks.comparison import TaskComparison, compare_tasks
 from exporter.core.errors import WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.progress import Progress, silent
-from exporter.families.task_table import task_family_of
+from exporter.families.table import task_family_of
 from exporter.families.tasks import Task
 from exporter.pipeline.task_evaluation import open_task_evaluation
 

@@ -18,10 +18,9 @@ from exporter.core.nf4 import NF4_DATA, NF4_SCALES, nf4_shapes
 from exporter.core.static8 import static_shapes
 from exporter.core.tensors import FLOATS, ITEM_BYTES, Checkpoint
 from exporter.families.base import BUFFERS, Role, TensorSpec, VisionSpec
-from exporter.families.decoder import TextDecoder
-from exporter.families.llama import require_llama
-from exporter.families.table import family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.llama import require_llama
+from exporter.families.table import family_of, task_family_of
 from exporter.families.tasks import TaskFamily, task_tensors
 from exporter.quantizers.packing import MIN_BLOCK, packed_bytes
 from exporter.quantizers.schemes import BNB, Method, Scheme

@@ -19,8 +19,7 @@ from exporter.core.modelfiles import copy_small_files, read_config
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
 from exporter.families.config import with_tied
-from exporter.families.table import family_of
-from exporter.families.task_table import task_family_of
+from exporter.families.table import family_of, task_family_of
 from exporter.quantizers.bnb import BnbMatrices
 from exporter.quantizers.guards import guard
 from exporter.quantizers.hqq import hqq_rows

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from exporter.core.errors import require
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.task_table import required_task_family
+from exporter.families.table import required_task_family
 from exporter.families.tasks import Outputs
 
 

@@ -12,8 +12,8 @@ from PIL.Image import Image
 
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Preparer, PromptInputs
+from exporter.families.prompts.visible import VisibleImages
 from exporter.families.table import family_of
-from exporter.families.visible import VisibleImages
 from exporter.runtimes.base import Caption, Features
 from exporter.runtimes.greedy import Positions, forced_inputs, greedy_caption, image_places
 from exporter.runtimes.ort_cuda import device_setup

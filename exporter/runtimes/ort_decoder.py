@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused
-from exporter.families.visible import VisibleImages
+from exporter.families.prompts.visible import VisibleImages
 from exporter.runtimes.greedy import Positions
 from exporter.runtimes.ort_memory import Buffer, Buffers, HostMemory, Memory
 

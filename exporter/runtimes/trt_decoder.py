@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import PromptInputs
-from exporter.families.visible import VisibleImages
+from exporter.families.prompts.visible import VisibleImages
 from exporter.runtimes.greedy import Positions
 from exporter.runtimes.trt_engine import REBUILD, Engine
 from exporter.runtimes.trt_memory import ALIGNMENT, Buffers, DeviceMemory

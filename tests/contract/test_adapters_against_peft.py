@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from exporter.adapters.keys import layout_of
 from exporter.adapters.merge import merge_adapters
 from exporter.adapters.prove import prove_logits
 from exporter.catalog.profiles import model_profiles
 from exporter.core.data import data_root
 from exporter.core.errors import InputRefused, ParityFailed
 from exporter.core.tensors import Checkpoint
+from exporter.families.checkpoints import layout_of
 from tests.support.adapters import distance, inputs_for, load, logits, randomise, write_adapter
 from tests.support.tiny import write_tiny_model
 

@@ -22,7 +22,7 @@ from exporter.calibrate.walk import load_block, walk_decoder
 from exporter.core.activations import InputStatistics
 from exporter.core.cases import Case
 from exporter.core.tensors import Checkpoint
-from exporter.families.qwen_vl import decoder_spec, library_features, tower_spec
+from exporter.families.captioners.qwen_vl import decoder_spec, library_features, tower_spec
 from exporter.graphs.export import export_model
 from exporter.pipeline.budget import Budget
 from exporter.pipeline.forecast import forecast

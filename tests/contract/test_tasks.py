@@ -24,7 +24,7 @@ from exporter.adapters.prove import prove_logits
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS, Feed
-from exporter.families.task_table import required_task_family
+from exporter.families.table import required_task_family
 from exporter.families.tasks import TaskFamily
 from exporter.graphs.check import check_graphs
 from exporter.graphs.export import export_model

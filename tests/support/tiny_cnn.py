@@ -35,7 +35,7 @@ def write_tiny_cnn(folder: Path, *, seed: int = 0, dtype: str = "float16", **cha
     import torch
     from safetensors.torch import save_file
 
-    from exporter.families.cnn_transformer_torch import CNNTransformer, CNNTransformerConfig
+    from exporter.families.reference.cnn_transformer import CNNTransformer, CNNTransformerConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     end = write_end_tokenizer(folder, CONTEXT)

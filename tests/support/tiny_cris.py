@@ -34,7 +34,7 @@ def write_tiny_cris(folder: Path, *, seed: int = 0, **changed: Any) -> Path:
     """
     import torch
 
-    from exporter.families.cris_torch import CRIS, CRISConfig
+    from exporter.families.reference.cris import CRIS, CRISConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     ids = write_clip_tokenizer(folder)

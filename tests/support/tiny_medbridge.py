@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporter.families.medbridge import join_plugin
+from exporter.families.task_models.medbridge import join_plugin
 from tests.support.task_inputs import SIZES, TEXTS, noise
 from tests.support.tiny_clip import random_values, save_tensors, write_tiny_clip
 
@@ -42,7 +42,7 @@ def write_tiny_medbridge(folder: Path, *, seed: int = 0, **bridge: Any) -> Path:
 
 def write_plugin(folder: Path, clip: Path, bridge: Mapping[str, Any], *, seed: int) -> Path:
     """Write random tensors of a plug-in over the CLIP folder `clip`, and return their file."""
-    from exporter.families.medbridge_torch import MedBridgeConfig, MedBridgeModel
+    from exporter.families.reference.medbridge import MedBridgeConfig, MedBridgeModel
 
     settings = json.loads((clip / "config.json").read_text())
     kept = {k: v for k, v in settings.items() if k not in ("model_type", "torch_dtype")}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.catalog.model_shape import shape_of
 from exporter.catalog.profiles import find_model
+from exporter.families.shapes.find import shape_of
 from exporter.pipeline.fit_sizes import token_bytes
 from exporter.quantizers.schemes import find_scheme
 

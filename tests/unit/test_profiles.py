@@ -10,8 +10,6 @@ import pytest
 import yaml
 
 from exporter.calibrate.sets import open_set
-from exporter.catalog.check import check_config, config_value
-from exporter.catalog.class_defaults import DEFAULTS
 from exporter.catalog.profiles import (
     find_model,
     find_target,
@@ -25,8 +23,8 @@ from exporter.core.data import data_root
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
-from exporter.families.table import FAMILIES
-from exporter.families.task_table import TASK_FAMILIES
+from exporter.families.check import check_config, config_value
+from exporter.families.table import FAMILIES, TASK_FAMILIES, config_defaults
 from exporter.pipeline.resolve import refuse_plan_only
 
 MODELS = sorted(model_profiles())
@@ -117,7 +115,7 @@ def test_what_is_said_to_build_has_family_code(name):
     # What nobody has published comes by --weights alone.
     known = profile.hub is not None or profile.builtin is not None
     assert known or profile.facts.confidence == "not published"
-    assert known_config(profile).keys() <= DEFAULTS.get(profile.family, {}).keys()
+    assert known_config(profile).keys() <= config_defaults(profile.family).keys()
 
 
 def test_plan_only_is_refused_in_one_line():
@@ -185,7 +183,7 @@ def test_defaults_are_those_of_the_config_classes():
     transformers = pytest.importorskip("transformers")
     for kind in ("Idefics3Config", "SmolVLMConfig"):
         config = getattr(transformers, kind)(text_config={"model_type": "llama"}).to_dict()
-        for key in DEFAULTS["idefics3"]:
+        for key in config_defaults("idefics3"):
             section, _, leaf = key.rpartition(".")
             place = config[section] if section else config
             real = place["rope_parameters"][leaf] if leaf == "rope_theta" else place[leaf]

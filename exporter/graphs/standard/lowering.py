@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from exporter.core.blocks import PackedMatrix
 from exporter.core.errors import InputRefused
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.dialect import Attributes, TextOps
 from exporter.graphs.matrices import Matrix
 from exporter.graphs.standard.linear import Weights

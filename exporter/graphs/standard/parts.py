@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporter.families.base import VisionSpec
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.decoder import DecoderOptions
 from exporter.graphs.parts import write_text_decoder, write_tokens, write_vision
 from exporter.graphs.standard.lowering import Standard

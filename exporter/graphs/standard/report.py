@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from exporter.core.modelfiles import read_config
-from exporter.families.idefics_specs import GatedLlama
+from exporter.families.specs.idefics import GatedLlama
 from exporter.families.table import family_of
 from exporter.graphs.standard.operators import require_supported
 from exporter.graphs.standard.profiles import (

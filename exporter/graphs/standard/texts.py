@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import TensorProto
 
-from exporter.families.decoder import TextDecoder
+from exporter.families.specs.decoder import TextDecoder
 from exporter.graphs.dialect import Dialect
 from exporter.graphs.standard.ops import HIDDEN, Ops
 from exporter.graphs.writer import GraphWriter

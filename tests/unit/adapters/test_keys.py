@@ -6,9 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.adapters.keys import LAYOUTS, Layout, layout_of, parse_key
+from exporter.adapters.keys import parse_key
 from exporter.core.errors import InputRefused
+from exporter.families.checkpoints import layout_of
+from exporter.families.layouts.names import Layout
+from exporter.families.table import ALL_FAMILIES
 
+LAYOUTS = [layout for family in ALL_FAMILIES.values() for layout in family.LAYOUTS]
 ROWS = {kind: layout for layout in LAYOUTS for kind in layout.model_types}
 PATHS = st.lists(
     st.sampled_from(

@@ -8,7 +8,7 @@ import pytest
 
 from exporter.adapters.merge import merge_adapters
 from exporter.core.tensors import Checkpoint
-from exporter.families.bert_published import MASKED_WORDS, POOLER
+from exporter.families.layouts.bert import MASKED_WORDS, POOLER
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_medclip import write_tiny_medclip
 

@@ -16,7 +16,7 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec
-from exporter.families.idefics3 import decoder_spec
+from exporter.families.captioners.idefics3 import decoder_spec
 from exporter.runtimes.torch_reference import TorchCaptioner
 from tests.support.tiny import write_tiny_model
 

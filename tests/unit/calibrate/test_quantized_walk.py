@@ -16,7 +16,7 @@ from exporter.core.blocks import BlockFormat, dequantize
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec
-from exporter.families.idefics3 import tower_spec
+from exporter.families.captioners.idefics3 import tower_spec
 from exporter.quantizers.plan import plan_layers
 from exporter.quantizers.rtn import quantize_matrix
 from exporter.quantizers.schemes import find_scheme

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.adapters.keys import Layout
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import bert
-from exporter.families.bert_published import (
+from exporter.families.layouts.bert import (
     BARE_NAMES,
     MASKED_WORDS,
     OLD_NAMES,
@@ -20,8 +18,9 @@ from exporter.families.bert_published import (
     bert_config,
     bert_left_out,
 )
-from exporter.families.left_out import left_out, without
-from exporter.families.published import NameMap
+from exporter.families.layouts.left_out import left_out, without
+from exporter.families.layouts.names import Layout, NameMap
+from exporter.families.task_models import bert
 from exporter.quantizers.plan import plan_task
 from exporter.quantizers.schemes import find_scheme
 from tests.support.tiny_bert import LABELS, POSITIONS, write_tiny_bert

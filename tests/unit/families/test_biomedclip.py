@@ -11,15 +11,15 @@ from PIL import Image
 
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import biomedclip
-from exporter.families.biomedclip_published import (
+from exporter.families.images.clip import read_clip_settings
+from exporter.families.images.open_clip import PROCESSOR, read_open_clip_images
+from exporter.families.layouts.biomedclip import (
     LEFT_OUT,
     biomedclip_config,
     check_open_clip,
 )
-from exporter.families.clip_images import read_clip_settings
-from exporter.families.left_out import left_out, without
-from exporter.families.open_clip_images import PROCESSOR, read_open_clip_images
+from exporter.families.layouts.left_out import left_out, without
+from exporter.families.task_models import biomedclip
 from tests.support.tiny_biomedclip import write_tiny_biomedclip
 
 SETTINGS = {"image_processor_type": PROCESSOR}

@@ -14,8 +14,8 @@ import torch
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import biomedclipseg
-from exporter.families.biomedclipseg_specs import biomedclipseg_config, mask_spec, states_spec
+from exporter.families.specs.biomedclipseg import biomedclipseg_config, mask_spec, states_spec
+from exporter.families.task_models import biomedclipseg
 from exporter.families.tasks import task_tensors
 from exporter.graphs.export import export_model
 from exporter.runtimes.graphs import OrtGraphs, TorchGraphs
@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def test_names_of_the_published_size_are_those_of_the_network() -> None:
-    from exporter.families.biomedclipseg_torch import BiomedCLIPSeg, BiomedCLIPSegConfig
+    from exporter.families.reference.biomedclipseg import BiomedCLIPSeg, BiomedCLIPSegConfig
 
     with torch.device("meta"):
         state = BiomedCLIPSeg(BiomedCLIPSegConfig()).state_dict()

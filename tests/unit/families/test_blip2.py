@@ -21,11 +21,11 @@ from exporter.calibrate.walk import walk_decoder
 from exporter.core.cases import Case
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families.blip2 import decoder_spec, open_preparer, proof_inputs, tower_spec
-from exporter.families.blip2_prompts import read_blip_settings
-from exporter.families.clip_images import clip_pixels
-from exporter.families.opt import OptSpec
-from exporter.families.published import modern_config
+from exporter.families.captioners.blip2 import decoder_spec, open_preparer, proof_inputs, tower_spec
+from exporter.families.checkpoints import modern_config
+from exporter.families.images.clip import clip_pixels
+from exporter.families.prompts.blip2 import read_blip_settings
+from exporter.families.specs.opt import OptSpec
 from exporter.graphs.export import export_model
 from exporter.quantizers.plan import plan_layers
 from exporter.quantizers.schemes import find_scheme

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from exporter.core.errors import InputRefused
-from exporter.families.chat import ChatTemplate
+from exporter.families.prompts.chat import ChatTemplate
 from tests.support.tiny import TEMPLATE
 
 MESSAGES = [

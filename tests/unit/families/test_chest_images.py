@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from exporter.core.errors import InputRefused
-from exporter.families.chest_images import (
+from exporter.families.images.chest import (
     CHEST_IMAGES,
     ChestSettings,
     chest_pixels,

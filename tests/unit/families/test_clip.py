@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from exporter.catalog.check import DEFAULTS, config_value
 from exporter.catalog.profiles import find_model
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
 from exporter.families.base import TensorSpec
-from exporter.families.clip import graphs, open_preparer
-from exporter.families.clip_specs import ClipImage, ClipText, clip_image, clip_text
-from exporter.families.task_table import TASK_FAMILIES
+from exporter.families.check import config_value
+from exporter.families.specs.clip import ClipImage, ClipText, clip_image, clip_text
+from exporter.families.table import TASK_FAMILIES, config_defaults
+from exporter.families.task_models.clip import graphs, open_preparer
 from exporter.families.tasks import TEXT_GRAPH, VISION_GRAPH, task_tensors
 from tests.support.tiny_clip import CONTEXT, write_tiny_clip
 
@@ -60,7 +60,7 @@ def test_published_sizes_give_the_tensors_of_the_real_class(name: str) -> None:
 def test_defaults_are_those_of_the_config_class() -> None:
     real = CLIPConfig().to_dict()
     empty: dict[str, Any] = {"text_config": {}, "vision_config": {}}
-    for key in DEFAULTS["clip"]:
+    for key in config_defaults("clip"):
         section, _, leaf = key.rpartition(".")
         assert config_value(empty, key, "clip") == (real[section] if section else real)[leaf], key
     text, image = clip_text({}), clip_image({})

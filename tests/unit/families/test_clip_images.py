@@ -19,13 +19,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from exporter.core.errors import InputRefused
-from exporter.families.anyres import (
+from exporter.families.images.anyres import (
     GRID,
     feature_index,
     read_anyres_settings,
     split_anyres,
 )
-from exporter.families.clip_images import clip_pixels, read_clip_settings
+from exporter.families.images.clip import clip_pixels, read_clip_settings
 
 torch.set_num_threads(1)
 SIZES = [(64, 64), (100, 37), (37, 100), (30, 20), (224, 225), (17, 400), (336, 336), (1, 50)]

@@ -16,8 +16,8 @@ from exporter.adapters.merge import merge_adapters
 from exporter.catalog.profiles import find_model
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
-from exporter.families import clipseg
-from exporter.families.clipseg_specs import mask_spec, states_spec, text_spec
+from exporter.families.specs.clipseg import mask_spec, states_spec, text_spec
+from exporter.families.task_models import clipseg
 from exporter.families.tasks import VISION_GRAPH, task_tensors
 from exporter.graphs.export import export_model
 from exporter.quantizers.run import quantize_model

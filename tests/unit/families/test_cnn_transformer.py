@@ -15,8 +15,8 @@ from PIL import Image
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.families.base import BUFFERS
-from exporter.families.cnn_transformer import decoder_spec, tower_spec
-from exporter.families.cnn_transformer_torch import CNNTransformer, CNNTransformerConfig
+from exporter.families.captioners.cnn_transformer import decoder_spec, tower_spec
+from exporter.families.reference.cnn_transformer import CNNTransformer, CNNTransformerConfig
 from exporter.graphs.export import export_model
 from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import find_scheme

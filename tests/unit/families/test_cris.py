@@ -12,8 +12,8 @@ import torch
 
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
-from exporter.families import cris
-from exporter.families.cris_specs import cris_config, cris_sizes
+from exporter.families.specs.cris import cris_config, cris_sizes
+from exporter.families.task_models import cris
 from exporter.families.tasks import MASK_GRAPH, TEXT_GRAPH, task_tensors
 from exporter.graphs.export import export_model
 from exporter.quantizers.run import quantize_model
@@ -41,7 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 def test_names_of_the_published_size_are_those_of_the_network() -> None:
-    from exporter.families.cris_torch import CRIS, CRISConfig
+    from exporter.families.reference.cris import CRIS, CRISConfig
 
     with torch.device("meta"):
         state = CRIS(CRISConfig()).state_dict()

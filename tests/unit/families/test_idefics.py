@@ -18,10 +18,10 @@ from exporter.adapters.merge import merge_adapters
 from exporter.catalog.profiles import find_model
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
-from exporter.families.idefics import decoder_spec, open_preparer, tower_spec
-from exporter.families.idefics_prompts import image_mask
-from exporter.families.llama import require_llama
-from exporter.families.visible import VisibleImages
+from exporter.families.captioners.idefics import decoder_spec, open_preparer, tower_spec
+from exporter.families.prompts.idefics import image_mask
+from exporter.families.prompts.visible import VisibleImages
+from exporter.families.specs.llama import require_llama
 from tests.support.adapters import write_adapter
 from tests.support.tiny_idefics import ADDED, write_tiny_idefics
 

@@ -16,8 +16,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from exporter.core.errors import InputRefused
-from exporter.families.llava import open_preparer
-from exporter.families.llava_med_published import LLAVA_MED_TEMPLATE
+from exporter.families.captioners.llava import open_preparer
+from exporter.families.layouts.llava_med import LLAVA_MED_TEMPLATE
 from tests.support.tiny_llava import (
     GRID,
     MISTRAL_TEMPLATE,

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig, LlavaNextConfig
 
-from exporter.catalog.check import DEFAULTS, config_value
 from exporter.catalog.profiles import model_profiles
 from exporter.core.errors import InputRefused
-from exporter.families.clip_tower import UNUSED
-from exporter.families.llava import decoder_spec, tower_spec
+from exporter.families.captioners.llava import decoder_spec, tower_spec
+from exporter.families.check import config_value
+from exporter.families.specs.clip_tower import UNUSED
+from exporter.families.table import config_defaults
 
 # As published, with the keys that are left out there left out here.
 VISION = {
@@ -120,7 +121,7 @@ def test_profiles_are_read_with_the_defaults_of_the_classes(kind: Any) -> None:
     config = kind(**parts).to_dict()
     empty: dict[str, Any] = {"text_config": {}, "vision_config": {}}
     # The others are LLaVA-Med's, or were dropped by transformers 5.
-    known = [k for k in DEFAULTS["llava"] if "." in k or k in config]
+    known = [k for k in config_defaults("llava") if "." in k or k in config]
     for key in known:
         section, _, leaf = key.rpartition(".")
         place = config[section] if section else config

@@ -14,20 +14,20 @@ from transformers import CLIPModel
 
 from exporter.adapters.merge import merge_adapters
 from exporter.adapters.prove import prove_logits
-from exporter.catalog.model_shape import shape_of, shape_of_config
 from exporter.catalog.profiles import find_model
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint, SafetensorsWriter
-from exporter.families.medbridge import (
+from exporter.families.reference.medbridge import MedBridgeConfig, MedBridgeModel
+from exporter.families.shapes.find import shape_of, shape_of_config
+from exporter.families.table import TASK_FAMILIES
+from exporter.families.task_models.medbridge import (
     Windows,
     bridged_image,
     join_plugin,
     open_preparer,
     torch_outputs,
 )
-from exporter.families.medbridge_torch import MedBridgeConfig, MedBridgeModel
-from exporter.families.task_table import TASK_FAMILIES
 from exporter.families.tasks import VISION_GRAPH, task_tensors
 from exporter.runtimes.graphs import TorchGraphs
 from tests.support.task_adapters import write_task_adapter

@@ -10,14 +10,14 @@ from PIL import Image
 
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import medclip
 from exporter.families.base import BUFFERS
-from exporter.families.bert_published import POOLER
-from exporter.families.left_out import left_out, without
-from exporter.families.medclip_images import read_medclip_images
-from exporter.families.medclip_published import IMAGES, LEFT_OUT, OLD_NAMES, medclip_config
-from exporter.families.published import NameMap
-from exporter.families.swin import INDEX
+from exporter.families.images.medclip import read_medclip_images
+from exporter.families.layouts.bert import POOLER
+from exporter.families.layouts.left_out import left_out, without
+from exporter.families.layouts.medclip import IMAGES, LEFT_OUT, OLD_NAMES, medclip_config
+from exporter.families.layouts.names import NameMap
+from exporter.families.specs.swin import INDEX
+from exporter.families.task_models import medclip
 from tests.support.tiny_medclip import LAYERS, write_tiny_medclip
 
 BARE = {"model_type": "medclip"}

@@ -9,9 +9,9 @@ from transformers import ResNetConfig, ResNetModel
 
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import medfilip
 from exporter.families.base import BUFFERS
-from exporter.families.medfilip_published import medfilip_config
+from exporter.families.layouts.medfilip import medfilip_config
+from exporter.families.task_models import medfilip
 from tests.support.tiny_medfilip import IMAGES, published_resnet, write_tiny_medfilip
 
 BARE = {"model_type": "medfilip"}

@@ -13,20 +13,25 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from exporter.adapters.keys import layout_of, parse_key
+from exporter.adapters.keys import parse_key
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families.moondream import decoder_spec, open_preparer, tower_spec
-from exporter.families.moondream_published import OLDER_NAMES, check_code, moondream_config
-from exporter.families.overlap_crops import (
+from exporter.families.captioners.moondream import (
+    PUBLISHED,
+    decoder_spec,
+    open_preparer,
+    tower_spec,
+)
+from exporter.families.checkpoints import layout_of
+from exporter.families.images.overlap_crops import (
     CropSettings,
     averages,
     crop_image,
     stitch_index,
     tiling,
 )
-from exporter.families.published import PUBLISHED
+from exporter.families.layouts.moondream import OLDER_NAMES, check_code, moondream_config
 from tests.support.tiny_moondream import ROWS, START, write_tiny_moondream
 
 PUBLISHED_CONFIG = {

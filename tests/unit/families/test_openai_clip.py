@@ -15,9 +15,10 @@ from exporter.adapters.base import open_newest
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families.openai_clip import openai_clip_sizes
-from exporter.families.published import PUBLISHED, folder_config, modern_config, published_tensors
-from exporter.families.turned import TurnedCheckpoint
+from exporter.families.checkpoints import folder_config, modern_config, published_tensors
+from exporter.families.layouts.openai_clip import openai_clip_sizes
+from exporter.families.layouts.turned import TurnedCheckpoint
+from exporter.families.task_models.clip import PUBLISHED
 from tests.support.tiny_clip import (
     CONTEXT,
     PATCH,

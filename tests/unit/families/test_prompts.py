@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from exporter.core.errors import InputRefused
-from exporter.families.idefics3 import open_preparer
-from exporter.families.prompts import image_text
+from exporter.families.captioners.idefics3 import open_preparer
+from exporter.families.prompts.idefics3 import image_text
 from tests.support.tiny import write_tiny_model, write_tokenizer
 
 PROMPT = "Describe this medical image."

@@ -13,9 +13,9 @@ import pytest
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families.llava import decoder_spec, open_preparer, tower_spec
-from exporter.families.llava_med_published import LLAVA_MED_TEMPLATE
-from exporter.families.published import PUBLISHED, modern_config
+from exporter.families.captioners.llava import PUBLISHED, decoder_spec, open_preparer, tower_spec
+from exporter.families.checkpoints import modern_config
+from exporter.families.layouts.llava_med import LLAVA_MED_TEMPLATE
 from tests.support.tiny_llava import write_tiny_llava_med
 
 NAMES = PUBLISHED["llava_mistral"].names

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter.catalog.check import DEFAULTS, check_config, config_value
 from exporter.catalog.profiles import find_model
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
-from exporter.families.qwen_images import target_size
-from exporter.families.qwen_prompts import positions
-from exporter.families.qwen_vision import patch_positions, vision_feed, windows
-from exporter.families.qwen_vl import decoder_spec, open_preparer, tower_spec
+from exporter.families.captioners.qwen_vl import decoder_spec, open_preparer, tower_spec
+from exporter.families.check import check_config, config_value
+from exporter.families.images.qwen import target_size
+from exporter.families.prompts.qwen import positions
+from exporter.families.specs.qwen_vision import patch_positions, vision_feed, windows
+from exporter.families.table import config_defaults
 from tests.support.tiny_qwen import MERGE, PATCH, write_tiny_qwen
 
 PROMPT = "Describe this medical image."
@@ -187,7 +188,7 @@ def test_defaults_are_those_of_the_config_classes() -> None:
 
     for kind in ("Qwen2VLConfig", "Qwen2_5_VLConfig"):
         config = getattr(transformers, kind)().to_dict()
-        for key in DEFAULTS["qwen_vl"]:
+        for key in config_defaults("qwen_vl"):
             section, _, leaf = key.rpartition(".")
             if section == "rope_scaling" or leaf in ("in_chans", "rope_theta"):
                 continue  # published names of what the classes call otherwise

@@ -9,7 +9,7 @@ from transformers import SwinConfig
 from transformers.models.swin import modeling_swin
 
 from exporter.core.errors import InputRefused
-from exporter.families.swin import (
+from exporter.families.specs.swin import (
     merge_order,
     relative_index,
     shift_mask,

@@ -16,8 +16,8 @@ from exporter.catalog.profiles import find_model
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families import t5
-from exporter.families.t5_specs import bias_by_distance, distance_buckets, t5_sizes
+from exporter.families.specs.t5 import bias_by_distance, distance_buckets, t5_sizes
+from exporter.families.task_models import t5
 from exporter.families.tasks import SEQ2SEQ_DECODER, SEQ2SEQ_ENCODER, task_tensors
 from exporter.graphs.check import check_graphs
 from exporter.graphs.export import export_model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from exporter.core.errors import InputRefused
-from exporter.families.tiling import read_settings, split_image
+from exporter.families.images.tiling import read_settings, split_image
 
 TILE32 = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
 

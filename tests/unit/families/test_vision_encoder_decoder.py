@@ -20,7 +20,11 @@ from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS
-from exporter.families.vision_encoder_decoder import decoder_spec, open_preparer, tower_spec
+from exporter.families.captioners.vision_encoder_decoder import (
+    decoder_spec,
+    open_preparer,
+    tower_spec,
+)
 from exporter.graphs.export import export_model
 from exporter.pipeline.budget import read_budget
 from exporter.pipeline.forecast import check_scheme

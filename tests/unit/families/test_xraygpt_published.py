@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import Checkpoint
-from exporter.families.blip2 import decoder_spec, tower_spec
-from exporter.families.blip2_prompts import read_blip_settings
-from exporter.families.joined import Joined, JoinedCheckpoint, parted
-from exporter.families.published import PUBLISHED, modern_config
+from exporter.families.captioners.blip2 import PUBLISHED, decoder_spec, tower_spec
+from exporter.families.checkpoints import modern_config
+from exporter.families.layouts.joined import Joined, JoinedCheckpoint, parted
+from exporter.families.prompts.blip2 import read_blip_settings
 from exporter.graphs.export import export_model
 from exporter.runtimes.base import feature_rows
 from exporter.runtimes.ort import OrtCaptioner

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from exporter.core.errors import InputRefused
-from exporter.families import bert
-from exporter.families.bert_towers import BertText
+from exporter.families.specs.bert_towers import BertText
+from exporter.families.task_models import bert
 from exporter.graphs.bert import write_text_encoder
 from exporter.graphs.bert_text import write_bert_text
 from exporter.graphs.weights import WeightSource

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import Feed
-from exporter.families.clip import torch_outputs
-from exporter.families.clip_specs import clip_image, clip_text
+from exporter.families.specs.clip import clip_image, clip_text
+from exporter.families.task_models.clip import torch_outputs
 from exporter.graphs.task_parts import write_task_graph
 from exporter.graphs.weights import WeightSource
 from exporter.runtimes.torch_reference import load_model

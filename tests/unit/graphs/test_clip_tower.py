@@ -15,8 +15,8 @@ from exporter.adapters.merge import merge_adapters
 from exporter.core.errors import InputRefused
 from exporter.core.progress import silent
 from exporter.families.base import TensorSpec
-from exporter.families.clip_tower import UNUSED
-from exporter.families.llava import torch_features
+from exporter.families.captioners.llava import torch_features
+from exporter.families.specs.clip_tower import UNUSED
 from exporter.graphs.export import export_model
 from exporter.graphs.weights import WeightSource
 from exporter.quantizers.run import quantize_model

@@ -13,9 +13,9 @@ from PIL import Image
 
 from exporter.adapters.merge import merge_adapters
 from exporter.core.modelfiles import read_config
-from exporter.families import moondream
 from exporter.families.base import PromptInputs
-from exporter.families.overlap_crops import crop_image
+from exporter.families.captioners import moondream
+from exporter.families.images.overlap_crops import crop_image
 from exporter.graphs.export import export_model
 from exporter.runtimes.ort import OrtCaptioner
 from exporter.runtimes.torch_reference import TorchEngine, load_model

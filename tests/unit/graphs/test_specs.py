@@ -8,7 +8,7 @@ import pytest
 from transformers import Idefics3Config
 
 from exporter.core.errors import InputRefused
-from exporter.families.idefics3 import decoder_spec, tower_spec
+from exporter.families.captioners.idefics3 import decoder_spec, tower_spec
 
 # As published, with the keys that are left out there left out here.
 SMOLVLM2_500M: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exporter.core.errors import InputRefused
-from exporter.families.idefics3 import decoder_spec, tower_spec
+from exporter.families.captioners.idefics3 import decoder_spec, tower_spec
 from exporter.graphs import writer
 from exporter.graphs.export import export_model
 from exporter.graphs.standard.ranges import beyond_float16

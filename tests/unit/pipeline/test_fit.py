@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from exporter.catalog.model_shape import shape_of
 from exporter.catalog.profiles import find_model, find_target
 from exporter.catalog.schema import Memory, Quantity
 from exporter.core.errors import EnvironmentLacks, InputRefused
+from exporter.families.shapes.find import shape_of
 from exporter.families.table import FAMILIES
 from exporter.pipeline.fit import predict, recommend, refuse_unfit, workload
 from exporter.pipeline.fit_sizes import (

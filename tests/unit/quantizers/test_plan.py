@@ -14,7 +14,7 @@ from exporter.catalog.shapes import known_config, tensor_table
 from exporter.core.blocks import BlockFormat
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.tensors import Checkpoint, TensorInfo
-from exporter.families import idefics3
+from exporter.families.captioners import idefics3
 from exporter.quantizers.plan import LayerPlan, fit_block, fit_bnb, plan_layers
 from exporter.quantizers.schemes import BNB, SCHEMES, Scheme, find_scheme
 from tests.unit.quantizers.conftest import CONFIG, Writer, shapes

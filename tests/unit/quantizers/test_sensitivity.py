@@ -11,7 +11,7 @@ import pytest
 from exporter.core.blocks import dequantize
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
-from exporter.families.idefics3 import decoder_spec, tower_spec
+from exporter.families.captioners.idefics3 import decoder_spec, tower_spec
 from exporter.quantizers.rtn import quantize_matrix
 from exporter.quantizers.schemes import INT8, find_scheme
 from exporter.quantizers.sensitivity import LEAST, Journal, measure_units, planned_weights

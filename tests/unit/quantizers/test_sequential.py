@@ -15,7 +15,7 @@ from exporter.core.activations import InputStatistics
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
-from exporter.families.idefics3 import decoder_spec, tower_spec
+from exporter.families.captioners.idefics3 import decoder_spec, tower_spec
 from exporter.quantizers.plan import plan_layers
 from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import SCHEMES, Scheme, find_scheme

@@ -11,7 +11,7 @@ import pytest
 
 from exporter.core.modelfiles import read_config, read_json
 from exporter.core.tensors import Checkpoint
-from exporter.families.idefics3 import decoder_spec, tower_spec
+from exporter.families.captioners.idefics3 import decoder_spec, tower_spec
 from exporter.quantizers.allocate import Option, assign
 from exporter.quantizers.run import write_planned
 from exporter.quantizers.schemes import find_scheme

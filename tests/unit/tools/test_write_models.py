@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from exporter.catalog.profiles import find_model, model_profiles
-from exporter.families.table import FAMILIES
-from exporter.families.task_table import TASK_FAMILIES
+from exporter.families.table import FAMILIES, TASK_FAMILIES
 from tests.support.family_cases import CASES
 from tests.support.task_cases import CASES as TASK_CASES
 from tools.write_models import (

@@ -1,0 +1,1 @@
+"""Families that caption: one file each, found by its place here."""

@@ -1,0 +1,1 @@
+"""Image preparation without torch: sizes, tiles, crops, pixels."""

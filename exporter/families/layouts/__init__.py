@@ -1,0 +1,1 @@
+"""Layouts of tensor names and configs that checkpoints were published in."""

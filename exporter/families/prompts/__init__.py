@@ -1,0 +1,1 @@
+"""The text side without torch: templates, tokenizers, image tokens."""

@@ -1,0 +1,1 @@
+"""Families of other tasks: one file each, found by its place here."""
