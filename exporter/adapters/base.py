@@ -11,10 +11,15 @@ import numpy as np
 
 from exporter.core.digest import sha256_file, sha256_json
 from exporter.core.errors import InputRefused
-from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import BUFFERS
-from exporter.families.checkpoints import folder_config, joined_tensors, layout_of, left_out_tensors
+from exporter.families.checkpoints import (
+    folder_config,
+    joined_tensors,
+    layout_of,
+    left_out_tensors,
+    published_config,
+)
 from exporter.families.config import tied_section
 from exporter.families.layouts.names import Layout
 
@@ -70,14 +75,14 @@ def open_newest(folder: Path) -> Checkpoint:
 
     Raises `InputRefused` for an unknown architecture, and as `Checkpoint.open` does.
     """
-    config = read_config(folder / "config.json")
+    config = published_config(folder)
     layout = layout_of(config)
     return joined_tensors(config, Checkpoint.open(folder).renamed(layout.canonical))
 
 
 def open_base(folder: Path) -> BaseModel:
     """Open a float checkpoint of a known architecture. Raises `InputRefused`."""
-    published, config = read_config(folder / "config.json"), folder_config(folder)
+    published, config = published_config(folder), folder_config(folder)
     stored = Checkpoint.open(folder)
     refuse_quantized(folder, config, stored)
     layout = layout_of(published)

@@ -24,8 +24,8 @@ from exporter.adapters.recipe import Recipe, open_recipe
 from exporter.adapters.rewrite import write_current
 from exporter.adapters.rounding import check_rounded, perturb
 from exporter.core.errors import InputRefused, ParityFailed, require
-from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint, total_bytes
+from exporter.families.checkpoints import published_config
 from exporter.families.table import task_family_of
 from exporter.families.torch_classes import is_own
 from exporter.runtimes.quiet import quiet_transformers
@@ -154,7 +154,7 @@ def _load_base(base: BaseModel) -> PreTrainedModel:
         tensors = _float_tensors(base)
         own: PreTrainedModel = model_of(base.folder, base.config, tensors)
         return own
-    if base.config["model_type"] == read_config(base.folder / "config.json")["model_type"]:
+    if base.config["model_type"] == published_config(base.folder)["model_type"]:
         return _load(base.folder)
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -185,7 +185,7 @@ def _load(folder: Path) -> PreTrainedModel:
     """The model of a checked folder in float32. Its config was read by `open_base` or written by us."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    settings = read_config(folder / "config.json")
+    settings = published_config(folder)
     if _known_class(settings):
         own: PreTrainedModel = load_model(folder, settings)
         return own

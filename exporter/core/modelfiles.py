@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,6 @@ MODELING = re.compile(
     r"transformers\.models\.\w+\.modeling_\w+|exporter\.families\.reference\.\w+", re.ASCII
 )
 
-# Published with code of their own beside the weights. A class of ours reads them and that code is never
-# run, so that its name in the config is of no use and no harm; one in another repository is refused.
-OWN_CODE = frozenset({"moondream1"})
 LOCAL_CODE = re.compile(r"\w+\.\w+", re.ASCII)
 
 
@@ -63,15 +61,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, own_code: Collection[str] = ()) -> dict[str, Any]:
     """A config.json or adapter_config.json without keys that could make a loader run code.
 
     A key of `DANGEROUS_KEYS` is refused at any depth (`InputRefused`), unless its value is null or
-    what peft itself writes into every adapter_config.json (`_is_harmless`). The auto_map of a
-    model_type in `OWN_CODE` is left out of the result.
+    what peft itself writes into every adapter_config.json (`_is_harmless`).
+
+    `own_code`: model_types published with code of their own beside the weights. A class of ours reads
+    them and that code is never run, so that its name in auto_map is of no use and no harm, and is left
+    out; code in another repository is refused.
     """
     config = read_json(path)
-    if config.get("model_type") in OWN_CODE and _names_local_code(config.get("auto_map")):
+    if config.get("model_type") in own_code and _names_local_code(config.get("auto_map")):
         del config["auto_map"]
     _refuse_dangerous(path, config)
     return config

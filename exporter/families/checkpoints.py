@@ -50,11 +50,18 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config) if layout is None else layout.convert(config)
 
 
+def published_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder in whatever layout. Raises `InputRefused` as `read_config` does."""
+    families = ALL_FAMILIES.values()
+    own = {k for f in families for k, layout in f.PUBLISHED.items() if layout.own_code}
+    return read_config(folder / "config.json", own)
+
+
 def folder_config(folder: Path) -> dict[str, Any]:
     """config.json of a published folder as the newest class reads it, with the sizes that only its
     tensors say. Raises `InputRefused`.
     """
-    config = read_config(folder / "config.json")
+    config = published_config(folder)
     layout = published_layout(config)
     if layout is not None and layout.sizes is not None:
         shapes = {n: info.shape for n, info in Checkpoint.open(folder).tensors.items()}
@@ -110,7 +117,7 @@ def complete_published(checkpoint: Path, out: Path) -> None:
     Nothing for a layout of transformers. Raises `InputRefused` when there is no tokenizer.json (a
     SentencePiece tokenizer is read by nothing here), and as the layout's `check` does.
     """
-    config = read_config(checkpoint / "config.json")
+    config = published_config(checkpoint)
     layout = published_layout(config)
     if layout is None:
         return

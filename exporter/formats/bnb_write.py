@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from exporter.core.artifact import need_space
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
-from exporter.core.modelfiles import copy_small_files, read_config, read_json
+from exporter.core.modelfiles import copy_small_files, read_json
 from exporter.core.nf4 import NF4_DATA, NF4_SCALES, NF4_VALUES, nf4_shapes
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import ITEM_BYTES, Checkpoint, SafetensorsWriter
+from exporter.families.checkpoints import published_config
 from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
@@ -45,7 +46,7 @@ def write_bnb(source: Path, out: Path, *, progress: Progress = silent) -> BnbWri
     entries = _entries(checkpoint, layers)
     need_space(out, sum(ITEM_BYTES[d] * int(np.prod(s)) for d, s in entries.values()) + (64 << 20))
     copy_small_files(source, out)
-    config = read_config(source / "config.json")
+    config = published_config(source)
     decoder = require_llama(
         family_of(config).decoder_spec(config), "writing bitsandbytes", instead=NO_FORMAT
     )

@@ -14,9 +14,10 @@ from exporter.core.artifact import need_space
 from exporter.core.blocks import QDATA, SCALES, ZEROS, BlockFormat, PackedMatrix
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
-from exporter.core.modelfiles import copy_small_files, read_config
+from exporter.core.modelfiles import copy_small_files
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import ITEM_BYTES, SafetensorsWriter
+from exporter.families.checkpoints import published_config
 
 REPORT = "quantization.json"
 SCHEMA = 1
@@ -147,7 +148,7 @@ def write_folder(
     sizes = {n: ITEM_BYTES[d] * int(np.prod(s, dtype=np.int64)) for n, (d, s) in declared.items()}
     need_space(out, sum(sizes.values()) + (64 << 20))
     copy_small_files(source, out)
-    config = found.config or read_config(source / "config.json")
+    config = found.config or published_config(source)
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     (out / "config.json").write_bytes(canonical_json(config))
     with SafetensorsWriter(out / "model.safetensors", declared) as writer:

@@ -20,9 +20,10 @@ from exporter.core.artifact import need_space
 from exporter.core.blocks import QDATA, BlockFormat, dequantize
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, WrongUsage
-from exporter.core.modelfiles import copy_small_files, read_config, read_json
+from exporter.core.modelfiles import copy_small_files, read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import FLOATS, Checkpoint, SafetensorsWriter
+from exporter.families.checkpoints import published_config
 from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import REPORT, as_float16
@@ -80,7 +81,7 @@ def write_gptq(
     need_space(out, size + (64 << 20))
     settings = writer.settings()
     copy_small_files(source, out)
-    config = read_config(source / "config.json")
+    config = published_config(source)
     (out / "config.json").write_bytes(canonical_json({**config, KEY: settings}))
     (out / QUANTIZE_CONFIG).write_bytes(canonical_json(settings))
     total = len(entries)
@@ -98,7 +99,7 @@ class _Writer:
         self.source, self.options = source, options
         self.layers = _layers(source)
         self.checkpoint = Checkpoint.open(source)
-        config = read_config(source / "config.json")
+        config = published_config(source)
         self.decoder = require_llama(
             family_of(config).decoder_spec(config), "writing gptq", instead=NO_FORMAT
         )

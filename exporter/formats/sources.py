@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.errors import InputRefused
-from exporter.core.modelfiles import read_config
 from exporter.core.tensors import FLOATS, Checkpoint
 from exporter.families.base import DecoderSpec
+from exporter.families.checkpoints import published_config
 from exporter.families.specs.llama import NO_FORMAT, require_llama
 from exporter.families.table import family_of
 from exporter.formats.folder import FloatEntry
@@ -41,7 +41,7 @@ class Source:
         settings = read_settings(folder)
         if settings.method != method:
             raise InputRefused(f"{folder}: a {settings.method} checkpoint; expected {method}")
-        config = read_config(folder / "config.json")
+        config = published_config(folder)
         checkpoint = _open_weights(folder)
         decoder = require_llama(
             family_of(config).decoder_spec(config), f"reading {method}", instead=NO_FORMAT

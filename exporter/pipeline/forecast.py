@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.adapters.base import open_newest
-from exporter.core.modelfiles import read_config
 from exporter.families.base import DecoderSpec
+from exporter.families.checkpoints import published_config
 from exporter.families.specs.llama import require_llama
 from exporter.families.table import family_of, task_family_of
 from exporter.pipeline.budget import Budget
@@ -73,7 +73,7 @@ def check_scheme(folder: Path, scheme: Scheme, budget: Budget) -> None:
     not know, or when the size cannot be met.
     """
     if scheme.calibrated:
-        config = read_config(folder / "config.json")
+        config = published_config(folder)
         task = task_family_of(config)
         if task is not None:
             refuse_calibrated(task, scheme)
@@ -84,7 +84,7 @@ def check_scheme(folder: Path, scheme: Scheme, budget: Budget) -> None:
 
 def forecast(folder: Path, scheme: Scheme, budget: Budget) -> Forecast:
     """The forecast for a float model folder. Raises `InputRefused` when the size cannot be met."""
-    config = read_config(folder / "config.json")
+    config = published_config(folder)
     family = family_of(config)
     decoder = require_llama(family.decoder_spec(config), f"scheme {scheme.name}")
     tower = family.tower_spec(config)

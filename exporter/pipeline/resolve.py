@@ -14,10 +14,11 @@ from exporter.catalog.schema import Facts, ModelProfile, Prompts
 from exporter.core.data import data_root
 from exporter.core.digest import sha256_tree
 from exporter.core.errors import EnvironmentLacks, InputRefused, WrongUsage, require
-from exporter.core.modelfiles import SMALL_FILES, read_config
+from exporter.core.modelfiles import SMALL_FILES
 from exporter.core.tensors import Checkpoint, total_bytes
 from exporter.families.base import DecoderSpec
 from exporter.families.check import check_config
+from exporter.families.checkpoints import published_config
 from exporter.families.table import FAMILIES, TASK_FAMILIES, family_of, task_family_of
 from exporter.families.tasks import Task
 from exporter.quantizers.schemes import base_name
@@ -83,7 +84,7 @@ def resolve(
     base = weights or (Path(model) if is_model_folder(model) else _own_weights(profile, offline))
     if not base.is_dir():
         raise InputRefused(f"{base}: no such folder; expected a model folder with safetensors")
-    config = read_config(base / "config.json")
+    config = published_config(base)
     check_config(profile, config)
     task = task_family_of(config)
     checkpoint = Checkpoint.open(base)
@@ -147,7 +148,7 @@ def is_model_folder(model: str) -> bool:
 
 def folder_profile(folder: Path) -> ModelProfile:
     """A profile of what a model folder's config.json says. Raises `InputRefused`."""
-    config = read_config(folder / "config.json")
+    config = published_config(folder)
     architectures = config.get("architectures") or [""]
     prompt, schemes = "", {}
     if task_family_of(config) is None:

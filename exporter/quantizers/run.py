@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from exporter.core.artifact import need_space
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, MedexportError, WrongUsage
-from exporter.core.modelfiles import copy_small_files, read_config
+from exporter.core.modelfiles import copy_small_files
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint, SafetensorsWriter, to_float32, total_bytes
+from exporter.families.checkpoints import published_config
 from exporter.families.config import with_tied
 from exporter.families.table import family_of, task_family_of
 from exporter.quantizers.bnb import BnbMatrices
@@ -110,7 +111,7 @@ def write_model(
 
     `plan` is the scheme's own unless given.
     """
-    config = read_config(source / "config.json")
+    config = published_config(source)
     if (source / REPORT).exists():
         raise InputRefused(f"{source}: already quantized ({REPORT}); expected a float model")
     checkpoint = Checkpoint.open(source)

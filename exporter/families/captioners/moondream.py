@@ -45,6 +45,7 @@ PUBLISHED = {
         NameMap(OLDER_NAMES),
         f"take that of the hub's revision {REVISION}",
         check=check_code,
+        own_code=True,
     )
 }
 LAYOUTS = (
@@ -106,7 +107,7 @@ def tower_spec(config: Mapping[str, Any]) -> MoondreamVision:
 
 def open_preparer(model_dir: Path) -> MoondreamPreparer:
     """Tokenizer and prompt of a model folder. Raises `InputRefused`."""
-    config = modern(read_config(model_dir / "config.json"), PUBLISHED)
+    config = modern(read_config(model_dir / "config.json", (PUBLISHED_TYPE,)), PUBLISHED)
     return read_preparer(model_dir, config, decoder_spec(config), tower_spec(config))
 
 

@@ -34,6 +34,7 @@ class PublishedLayout:
     first), and cuts are the same endings before it. `sizes` gives the keys that config.json leaves out, from the shapes of the published
     tensors. `left_out` of a config.json: stems of newest names that merging leaves out, with the reason;
     `copies` of a config.json: a tensor to the one that it may be a second copy of, left out where it is.
+    `own_code`: the repository has code beside the weights, which is never run.
     """
 
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -47,6 +48,7 @@ class PublishedLayout:
     sizes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     left_out: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
     copies: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None
+    own_code: bool = False
 
 
 def modern(config: Mapping[str, Any], layouts: Mapping[str, PublishedLayout]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ LOCAL = {"AutoModelForCausalLM": "hf_moondream.HfMoondream"}
 
 def test_the_name_of_code_that_is_never_run_is_left_out(tmp_path: Path) -> None:
     config = {"model_type": "moondream1", "auto_map": LOCAL}
-    assert read_config(write(tmp_path, config)) == {"model_type": "moondream1"}
+    assert read_config(write(tmp_path, config), ("moondream1",)) == {"model_type": "moondream1"}
+    with pytest.raises(InputRefused, match="auto_map"):
+        read_config(write(tmp_path, config))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_code_from_elsewhere_is_refused_for_them_too(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     with pytest.raises(InputRefused, match="auto_map"):
-        read_config(write(tmp_path, config))
+        read_config(write(tmp_path, config), ("moondream1",))
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "null", "{", '{"a": NaN}', '{"a": -Infinity}'])
