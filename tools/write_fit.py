@@ -23,7 +23,7 @@ from exporter.core.errors import InputRefused
 from exporter.families.shapes.find import shape_of
 from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit import INSTRUCTION, MARGIN, Fit, predict
-from exporter.pipeline.fit_memory import ARENA, CPU_RUNTIME, GPU_RUNTIME
+from exporter.pipeline.fit_memory import ARENA, CPU_RUNTIME, GPU_RUNTIME, KERNEL
 from exporter.pipeline.fit_speed import CPU, LIKELY
 from exporter.pipeline.resolve import scheme_named
 from exporter.quantizers.schemes import find_scheme
@@ -42,8 +42,9 @@ Written by `tools/write_fit.py`; do not edit. `medexport plan --model NAME --tar
 same for one pair, with the sum behind it; `medexport targets --json` has the source of each figure
 of a machine, and how sure it is.
 
-Predictions use published sizes only: no weights are needed, so models that cannot be built yet
-(`medexport models` says which) are here too. Each cell is for one image at the model's image limit, an instruction of
+Predictions use sizes only: no weights are needed, so models that cannot be built yet (`medexport
+models` says which) are here too. The sizes of {unread} were read from no published checkpoint: they are
+the defaults of the code that makes one (for cnn-transformer, of this package's own network). Each cell is for one image at the model's image limit, an instruction of
 {instruction} tokens and the profile's `max_new_tokens`, batch 1.
 
 - `+7.4 172`: fits, 7.4 GB are left, and at most 172 tokens a second can be written (the roofline:
@@ -54,10 +55,12 @@ Predictions use published sizes only: no weights are needed, so models that cann
 - `5.8 16` on a processor, whose memory no profile knows: needs 5.8 GB.
 - One number only: the model writes no text.
 
-What is summed: weights as the runtime holds them (float weights become float32 on a CPU), the
-key-value cache (float32 on a CPU, float16 on a GPU), the activations of the vision part (one tile at
+What is summed: weights as the runtime holds them (float weights become float32 on a CPU, those of
+convolutions take {kernel} bytes each there), the key-value cache (float32 on a CPU, float16 on a GPU), the activations of the vision part (one tile at
 a time; times {arena} on a CPU, whose arena grows by doubling) and of the prefill (attention scores
-in full where the kernel keeps them), the pixels, the tokenizer where it shares the memory, and
+in full where the kernel keeps them) or, where it is more, what a CPU session takes while it is opened
+(the file, where it is small enough to hold the weights, and a second copy of the largest float
+matrix), the pixels, the tokenizer where it shares the memory, and
 {cpu:.0f} MB (CPU, measured) or {gpu:.0f} MB (GPU, assumed) of runtime. On a Jetson, CPU and GPU share
 the memory: the system's and a desktop's part is taken off first. Dense rates are used throughout;
 marketing figures for structured sparsity are halved. `medexport plan` also prints a likely speed:
@@ -78,10 +81,14 @@ def main() -> int:
 
 def render() -> str:
     """The whole page."""
+    profiles = sorted(model_profiles().items())
+    unread = [name for name, p in profiles if p.facts.confidence == "not published"]
     introduction = INTRODUCTION.format(
+        unread=", ".join(unread),
         instruction=INSTRUCTION,
         margin=MARGIN,
         arena=ARENA,
+        kernel=KERNEL,
         cpu=CPU_RUNTIME / 1e6,
         gpu=GPU_RUNTIME / 1e6,
         bandwidth=LIKELY.bandwidth,
@@ -90,7 +97,8 @@ def render() -> str:
     shapes, unknown = _shapes()
     parts = [introduction]
     parts.extend(f"## {s}\n\n" + "\n".join(_table(shapes, s)) + "\n" for s in SCHEMES)
-    parts.append("## Not predicted\n\n" + "\n".join(f"- {line}" for line in unknown) + "\n")
+    if unknown:
+        parts.append("## Not predicted\n\n" + "\n".join(f"- {line}" for line in unknown) + "\n")
     parts.append("## Targets\n\n" + "\n".join(_targets()) + "\n")
     parts.append("\n".join(_measured()) + "\n")
     return "\n".join(parts)
@@ -102,8 +110,8 @@ def _shapes() -> tuple[dict[str, ModelShape], list[str]]:
     for name, profile in sorted(model_profiles().items()):
         try:
             found[name] = shape_of(profile)
-        except InputRefused:  # the reason in full is what `medexport plan` prints
-            unknown.append(f"{name}: the sizes of {profile.title} are not published")
+        except InputRefused as error:
+            unknown.append(f"{name}: {error}")
     return found, unknown
 
 

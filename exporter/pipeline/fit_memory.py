@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from exporter.catalog.schema import TargetProfile
 from exporter.families.shapes.parts import DecoderShape, EncoderShape, ModelShape, Part
@@ -19,6 +20,13 @@ TOKEN_ENTRY = 650
 # What onnxruntime's arena takes of the activations that live at a time: it grows by doubling, and a
 # tower's matrices of many sizes leave gaps. Measured with SmolVLM-256M's tower, in float and int8.
 ARENA = 2.5
+# Bytes that a value of a convolution's kernel takes on a CPU, whatever the scheme. Alone a graph takes
+# 10: as stored, with its norm folded in, and in the order in which it is read; what that leaves behind
+# graphs loaded later take in part. Measured with whole MedFILIPs and CRISs, in float and int8.
+KERNEL = 8
+# Up to so many bytes of weights a graph keeps them inside its file (`graphs.writer`), which is read
+# whole: a mapped file is not.
+INLINE_LIMIT = 64 << 20
 # CUDA context, kernels and workspaces. Assumed: 0.4 to 0.9 GB by device and libraries.
 GPU_RUNTIME = 700_000_000
 
@@ -37,10 +45,8 @@ def predict_memory(
 ) -> tuple[MemoryItem, ...]:
     """What is in memory at the worst moment, by name."""
     cpu = target.provider == CPU
-    rows = [
-        MemoryItem(f"weights: {part}", size, "as loaded")
-        for part, size in resident_weights(shape, scheme, cpu=cpu).items()
-    ]
+    weights = resident_weights(shape, scheme, cpu=cpu)
+    rows = [MemoryItem(f"weights: {part}", size, "as loaded") for part, size in weights.items()]
     if shape.decoder:
         item = cache_item(target)
         size = load.batch * item * shape.decoder.cache_values(load.context)
@@ -49,6 +55,12 @@ def predict_memory(
     rows.extend(_activations(shape, scheme, load, cpu=cpu))
     if shape.tower:
         rows.append(MemoryItem("pixels", _pixels(shape.tower), f"{shape.tower.tiles} tile(s)"))
+    if cpu:
+        running = sum(row.bytes for row in rows) - sum(weights.values())
+        opening = max(_opening(graph) for graph in _graphs(shape, scheme))
+        if opening > running:
+            how = f"{opening / 1e6:.0f} MB for a moment, less what running takes after it"
+            rows.append(MemoryItem("opening a graph", opening - running, how))
     if cpu or (target.memory and target.memory.unified):
         words = max((w.rows for w in shape.weights if w.role == "embedding"), default=0)
         rows.append(MemoryItem("tokenizer", TOKEN_ENTRY * words, f"{words} entries"))
@@ -59,24 +71,64 @@ def predict_memory(
 
 def resident_weights(shape: ModelShape, scheme: Scheme, *, cpu: bool) -> dict[Part, int]:
     """Bytes of the loaded weights by part."""
-    sizes: dict[Part, int] = {}
-    for item in stored(shape, scheme):
-        part = item.weights.part
-        sizes[part] = sizes.get(part, 0) + (_on_cpu(item) if cpu else item.bytes)
+    parts: tuple[Part, ...] = get_args(Part)
+    sizes = {p: 0 for p in parts if any(w.part == p for w in shape.weights)}
+    for graph in _graphs(shape, scheme):
+        inline = _inline(graph) > 0
+        for item in graph:
+            sizes[item.weights.part] += _on_cpu(item, inline=inline) if cpu else item.bytes
     return sizes
 
 
-def _on_cpu(item: StoredWeights) -> int:
+def _graphs(shape: ModelShape, scheme: Scheme) -> tuple[tuple[StoredWeights, ...], ...]:
+    """What each graph holds: a decoder's table is a graph of its own."""
+    items = stored(shape, scheme)
+    tables = tuple(s for s in items if _is_table(s))
+    rest = tuple(s for s in items if not _is_table(s))
+    parts = tuple(tuple(s for s in rest if s.weights.part == p) for p in get_args(Part))
+    return tuple(graph for graph in (tables, *parts) if graph)
+
+
+def _is_table(item: StoredWeights) -> bool:
+    """Whether it is a decoder's table that is only looked up."""
+    w = item.weights
+    return w.part == "decoder" and w.role == "embedding" and not w.rows_in
+
+
+def _inline(graph: Sequence[StoredWeights]) -> int:
+    """Bytes of weights inside a graph's file."""
+    size = sum(item.bytes for item in graph)
+    return size if size <= INLINE_LIMIT else 0
+
+
+def _opening(graph: Sequence[StoredWeights]) -> int:
+    """What a CPU session takes only while it is opened: the file, where it holds the weights, and a
+    second copy of a float matrix that is put into the order in which it is read.
+    """
+    matrices = (
+        FLOAT32 * item.weights.rows * item.weights.columns
+        for item in graph
+        if item.format is None and item.weights.role in ("linear", "head")
+    )
+    return _inline(graph) + max(matrices, default=0)
+
+
+def _on_cpu(item: StoredWeights, *, inline: bool) -> int:
     """As loaded by onnxruntime's CPU provider: float weights and block scales become float32 at load.
 
-    A packed table stays in the mapped file where it is looked up: only the rows needed are read. A
-    float one that is also the head is loaded by both graphs.
+    A convolution's kernel is kept in each of its forms.
+    A table stays in the mapped file where it is looked up and not `inline`: of a packed one only the
+    rows needed are read, a float one counts whole. One that is also the head is loaded by both graphs.
     """
     table, shared = item.weights.role == "embedding", bool(item.weights.rows_in)
+    if item.weights.convolution:
+        return KERNEL * item.weights.parameters
     if item.format is None:
-        return FLOAT32 * item.weights.parameters * (2 if table and shared else 1)
+        if table and not shared:
+            return FLOAT16 * item.weights.parameters
+        return FLOAT32 * item.weights.parameters * (2 if table else 1)
     if table and not shared:
-        return 0
+        return item.bytes if inline else 0
     return item.bytes + (FLOAT32 - FLOAT16) * item.scales
 
 
@@ -85,25 +137,32 @@ def _activations(
 ) -> Iterator[MemoryItem]:
     """Each graph keeps what it once took, so the parts add up."""
     item = FLOAT32 if cpu else FLOAT16
-    encoders = (("vision part", shape.tower), ("text encoder", shape.text))
-    for name, encoder in encoders:
+    encoders: tuple[tuple[str, Part, EncoderShape | None], ...] = (
+        ("vision part", "vision", shape.tower),
+        ("text encoder", "text", shape.text),
+    )
+    for name, part, encoder in encoders:
         if encoder:
             size = item * _encoder_values(encoder, cpu=cpu)
             if cpu:
-                size = int(ARENA * (size + _unpacked(shape, scheme)))
+                size = int(ARENA * (size + _unpacked(shape, scheme, part)))
             how = f"{encoder.together * encoder.sequence} positions"
+            # Without the factor: maps go where opening the graph has left room (measured).
+            maps = item * encoder.together * encoder.maps
+            if maps > size:
+                size, how = maps, f"feature maps of {encoder.side} x {encoder.side} pixels"
             yield MemoryItem(f"activations: {name}", size, how)
     if shape.decoder:
         size = load.batch * item * _prefill_values(shape.decoder, load.prompt, cpu=cpu)
         yield MemoryItem("activations: prefill", size, f"{load.prompt} positions")
 
 
-def _unpacked(shape: ModelShape, scheme: Scheme) -> int:
-    """The largest 8-bit matrix outside the decoder: it is unpacked whole while it is multiplied."""
+def _unpacked(shape: ModelShape, scheme: Scheme, part: Part) -> int:
+    """The largest 8-bit matrix of an encoder: it is unpacked whole while it is multiplied."""
     matrices = [
         s.weights.rows * s.weights.columns * FLOAT32
         for s in stored(shape, scheme)
-        if s.format and s.weights.part != "decoder" and s.weights.role == "linear"
+        if s.format and s.weights.part == part and s.weights.role == "linear"
     ]
     return max(matrices, default=0)
 
@@ -111,8 +170,11 @@ def _unpacked(shape: ModelShape, scheme: Scheme) -> int:
 def _encoder_values(e: EncoderShape, *, cpu: bool) -> int:
     """Live values in the worst place of a block: residual and normed rows beside the MLP's two, or
     queries, keys, values before and after their bias beside them. Scores are counted only where the
-    kernel keeps them whole: not on a CPU, where it works in blocks.
+    kernel keeps them whole: not on a CPU, where it works in blocks. A tower of convolutions alone has
+    none of these.
     """
+    if not e.attended:
+        return 0
     rows = e.together * e.sequence
     mlp = rows * (2 * e.hidden + 2 * e.inner)
     attention = rows * 8 * e.hidden

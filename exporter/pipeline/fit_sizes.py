@@ -40,7 +40,7 @@ def stored(shape: ModelShape, scheme: Scheme) -> tuple[StoredWeights, ...]:
 
     The rules are those of `quantizers.plan`: the block that takes fewest bytes, float16 where no
     block fits, a shared table as fine as the finer of its two uses. Linear layers of a text encoder
-    are stored like those of the vision part.
+    are stored like a decoder's.
     """
     tied = shape.decoder is not None and shape.decoder.tied
     return tuple(StoredWeights(w, _format(w, scheme, tied=tied)) for w in shape.weights)
@@ -70,7 +70,7 @@ def token_bytes(shape: ModelShape, scheme: Scheme) -> int:
 def tower_operations(shape: ModelShape) -> int:
     """Operations of the vision part for one image at the image limit (a multiply-add is two).
 
-    Convolutions of patches and normalisations are left out: about one per cent.
+    Kernels of patches and normalisations are left out: about one per cent.
     """
     if shape.tower is None:
         return 0
@@ -116,8 +116,8 @@ def token_operations(shape: ModelShape, context: int) -> int:
 
 
 def _matrix_operations(shape: ModelShape, part: Part) -> int:
-    linears = (w for w in shape.weights if w.part == part and w.role == "linear")
-    return sum(2 * w.parameters * w.rows_in for w in linears)
+    """Of linear layers and convolutions; what is looked up or added has no `rows_in`."""
+    return sum(2 * w.parameters * w.rows_in for w in shape.weights if w.part == part)
 
 
 def _format(w: Weights, scheme: Scheme, *, tied: bool) -> BlockFormat | None:
@@ -130,7 +130,7 @@ def _format(w: Weights, scheme: Scheme, *, tied: bool) -> BlockFormat | None:
 def _asked(w: Weights, scheme: Scheme, *, tied: bool) -> BlockFormat | None:
     match w.role:
         case "linear":
-            return scheme.decoder if w.part == "decoder" else scheme.vision
+            return scheme.vision if w.part == "vision" else scheme.decoder
         case "head":
             return scheme.head
         case "embedding" if tied and w.part == "decoder":

@@ -25,7 +25,7 @@ from exporter.families.layouts.names import Layout
 from exporter.families.layouts.published import PublishedLayout
 from exporter.families.prompts.prefix import PrefixPreparer, read_prefix_preparer
 from exporter.families.prompts.textfiles import read_image_settings
-from exporter.families.shapes.parts import ShapeOf
+from exporter.families.shapes.cnn_transformer import cnn_transformer
 from exporter.families.specs.densenet import DenseNetSpec
 from exporter.families.specs.post_norm import PostNormDecoder, PostNormSizes, linear_tensors
 
@@ -37,14 +37,28 @@ MODEL_TYPES = (MODEL_TYPE,)
 TORCH_CLASSES = {MODEL_TYPE: "exporter.families.reference.cnn_transformer:CNNTransformer"}
 PUBLISHED: Mapping[str, PublishedLayout] = {}
 LAYOUTS = (Layout(MODEL_TYPES, (), embedding="embed_tokens.weight", head="lm_head.weight"),)
-# No sizes are published: its users train it.
-SHAPES: Mapping[str, ShapeOf] = {}
-CONFIG_DEFAULTS: Mapping[str, Value] = {}
+SHAPES = {MODEL_TYPE: cnn_transformer}
+DENSENET_121 = (6, 12, 24, 16)
+# No sizes are published: those of DenseNet-121, and of the network in `reference`.
+CONFIG_DEFAULTS: Mapping[str, Value] = {
+    "image_size": 224,
+    "growth_rate": 32,
+    "block_config": DENSENET_121,
+    "num_init_features": 64,
+    "bn_size": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "vocab_size": 30522,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
 # Trained without an instruction: a prompt would become the beginning of the caption.
 DEFAULT_PROMPT = ""
 WHERE = "config"
 PROOF_IMAGES = 2
-DENSENET_121 = (6, 12, 24, 16)
 
 
 @dataclass(frozen=True)

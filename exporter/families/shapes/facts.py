@@ -39,6 +39,23 @@ class ConfigFacts:
         value = self.values.get(key, ())
         return tuple(int(v) for v in value if type(v) is int) if isinstance(value, tuple) else ()
 
+    def counts(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of positive integers of the config, `default` where it is unknown.
+
+        Raises `InputRefused` when it is something else.
+        """
+        found = self.values.get(key, default)
+        if not isinstance(found, tuple) or not found:
+            raise InputRefused(
+                f"{self.title}: {key} is {found!r}; expected a list of positive integers"
+            )
+        whole = tuple(n for n in found if type(n) is int and n > 0)
+        if len(whole) != len(found):
+            raise InputRefused(
+                f"{self.title}: {key} is {list(found)}; expected a list of positive integers"
+            )
+        return whole
+
     def pairs(self, key: str) -> tuple[tuple[int, int], ...]:
         """A list of integer pairs of the image processor or the config; empty when unknown."""
         value = self.image.get(key, self.values.get(key, ()))

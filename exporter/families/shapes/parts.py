@@ -18,7 +18,8 @@ class Weights:
     """`count` equal matrices ``[rows, columns]``; role "float": never quantized (norms, biases).
 
     `rows_in`: how many rows of activations one use multiplies: per tile (vision), per text (text),
-    per token (decoder; 0 for what is looked up or cached, and then costs nothing per token).
+    per token (decoder; 0 for what is looked up or cached, and then costs nothing per token). A
+    convolution is a float matrix of outputs by inputs of one place, used once at each place.
     """
 
     part: Part
@@ -33,14 +34,21 @@ class Weights:
         """Number of values."""
         return self.rows * self.columns * self.count
 
+    @property
+    def convolution(self) -> bool:
+        """Whether it is the kernel of a convolution."""
+        return self.role == "float" and self.rows_in > 0
+
 
 @dataclass(frozen=True)
 class EncoderShape:
     """Transformer blocks over a fixed sequence: a vision tower (per tile) or a text encoder.
 
     `attended`: positions that one position sees, per layer; more than one value where layers differ
-    (windows). `tiles`: crops of one image at the image limit, 1 for text; `together`: so many of them
-    go through the graph in one run, because later steps join them.
+    (windows), none in a tower of convolutions alone. `maps`: values of the feature maps that live
+    together where they are largest, in one tile; several graphs' are added. `tiles`: crops of one
+    image at the image limit, 1 for text; `together`: so many of them go through the graph in one run,
+    because later steps join them.
     """
 
     hidden: int
@@ -53,6 +61,7 @@ class EncoderShape:
     """Pixels along one side of a tile; 0 for text, and for towers of any resolution `pixels` says."""
     pixels: int = 0
     together: int = 1
+    maps: int = 0
 
     @property
     def attention_operations(self) -> int:
@@ -131,6 +140,16 @@ def norm(part: Part, size: int, *, count: int = 1, bias: bool = True) -> tuple[W
 def other(part: Part, rows: int, columns: int = 1, *, count: int = 1) -> tuple[Weights, ...]:
     """Values that stay in float: position tables, patch kernels, gates."""
     return (Weights(part, "float", rows, columns, count),)
+
+
+def convolution(outputs: int, inputs: int, side: int, places: int) -> tuple[Weights, ...]:
+    """A kernel ``[outputs, inputs, side, side]`` without bias, used at `places` places of a map."""
+    return (Weights("vision", "float", outputs, inputs * side**2, rows_in=places),)
+
+
+def batch_norm(size: int, *, count: int = 1) -> tuple[Weights, ...]:
+    """`count` batch norms: weight, bias, mean and variance."""
+    return (Weights("vision", "float", size, 4, count),)
 
 
 def plain_blocks(

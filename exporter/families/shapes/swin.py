@@ -1,7 +1,8 @@
-"""Shape of MedCLIP: a Swin tower and BERT, each with one projection."""
+"""Shape of MedCLIP: a Swin tower or ResNet-50, and BERT, each with one projection."""
 
 from __future__ import annotations
 
+from exporter.families.layouts.medclip import RESNET
 from exporter.families.shapes.facts import ConfigFacts
 from exporter.families.shapes.parts import (
     EncoderShape,
@@ -12,18 +13,23 @@ from exporter.families.shapes.parts import (
     other,
     plain_blocks,
 )
+from exporter.families.shapes.resnet import resnet
 from exporter.families.shapes.text import bert_text
+
+# SwinConfig's.
+DEPTHS, HEADS = (2, 2, 6, 2), (3, 6, 12, 24)
 
 
 def medclip(facts: ConfigFacts) -> ModelShape:
-    """MedCLIP with its Swin tower; the projections have no bias."""
-    tower, vision = _swin(facts)
-    text, words = bert_text(facts, "text_config.", pooler=False)
+    """MedCLIP with either tower; the projections have no bias, and a ResNet's is its last layer."""
     width = facts.size("projection_dim")
-    last = tower.hidden << (len(facts.sizes("vision_config.depths")) - 1)
+    if facts.values.get("vision_config.model_type") == RESNET:
+        tower, vision = resnet(facts, outputs=width, bias=False)
+    else:
+        tower, vision = _swin(facts, width)
+    text, words = bert_text(facts, "text_config.", pooler=False)
     weights = (
         *vision,
-        *linear("vision", width, last),
         *words,
         *linear("text", width, text.hidden),
         *other("text", 1),
@@ -31,16 +37,16 @@ def medclip(facts: ConfigFacts) -> ModelShape:
     return ModelShape("matcher", weights, tower, text)
 
 
-def _swin(facts: ConfigFacts) -> tuple[EncoderShape, tuple[Weights, ...]]:
-    """Stages of doubling width on grids of a quarter of the cells each.
+def _swin(facts: ConfigFacts, outputs: int) -> tuple[EncoderShape, tuple[Weights, ...]]:
+    """Stages of doubling width on grids of a quarter of the cells each, and a projection.
 
     The shape has one width and one grid, the first stage's. What a stage's attention costs falls by
     half from stage to stage: so do the positions that one sees here.
     """
     side, patch = facts.size("vision_config.image_size"), facts.size("vision_config.patch_size")
     embed, window = facts.size("vision_config.embed_dim"), facts.size("vision_config.window_size")
-    depths = facts.sizes("vision_config.depths")
-    heads = facts.sizes("vision_config.num_heads")
+    depths = facts.counts("vision_config.depths", DEPTHS)
+    heads = facts.counts("vision_config.num_heads", HEADS)
     cells, table = (side // patch) ** 2, (2 * window - 1) ** 2
     weights: list[Weights] = [*other("vision", embed, 3 * patch**2 + 1), *norm("vision", embed)]
     attended: list[int] = []
@@ -53,6 +59,8 @@ def _swin(facts: ConfigFacts) -> tuple[EncoderShape, tuple[Weights, ...]]:
             weights += norm("vision", 4 * hidden)
             weights += linear("vision", 2 * hidden, 4 * hidden, rows_in=rows // 4)
         attended += [max(1, window**2 >> i)] * depth
-    weights += norm("vision", embed << (len(depths) - 1))
+    last = embed << (len(depths) - 1)
+    weights += norm("vision", last)
+    weights += linear("vision", outputs, last)
     tower = EncoderShape(embed, 4 * embed, heads[0], cells, tuple(attended), side=side)
     return tower, tuple(weights)

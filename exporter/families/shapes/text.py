@@ -18,14 +18,14 @@ from exporter.families.shapes.parts import (
 def clip(facts: ConfigFacts) -> ModelShape:
     """CLIP: two towers, two projections without bias, one scale."""
     tower, vision = _clip_vision(facts, facts.size("vision_config.image_size"))
-    text, words = _clip_text(facts)
+    text, words = clip_text(facts)
     return ModelShape("matcher", (*vision, *words, *_projections(facts, tower, text)), tower, text)
 
 
 def clipseg(facts: ConfigFacts) -> ModelShape:
     """CLIPSeg: CLIP at the image processor's resolution, three small blocks, three convolutions."""
     tower, vision = _clip_vision(facts, facts.limit("size"))
-    text, words = _clip_text(facts)
+    text, words = clip_text(facts)
     weights = (*vision, *words, *_projections(facts, tower, text), *_mask_head(facts, tower))
     return ModelShape("segmenter", weights, tower, text)
 
@@ -165,7 +165,8 @@ def _clip_vision(facts: ConfigFacts, side: int) -> tuple[EncoderShape, tuple[Wei
     )
 
 
-def _clip_text(facts: ConfigFacts) -> tuple[EncoderShape, tuple[Weights, ...]]:
+def clip_text(facts: ConfigFacts) -> tuple[EncoderShape, tuple[Weights, ...]]:
+    """CLIP's text transformer without its projection; its sizes stand in text_config."""
     t = "text_config."
     hidden, inner = facts.size(t + "hidden_size"), facts.size(t + "intermediate_size")
     layers, heads = facts.size(t + "num_hidden_layers"), facts.size(t + "num_attention_heads")

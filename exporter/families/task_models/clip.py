@@ -6,7 +6,7 @@ describes; merged it is a CLIP of transformers with image settings of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +125,17 @@ def open_preparer(model_dir: Path) -> ClipPreparer:
     return ClipPreparer(lambda image: chest_pixels(image, chest, side), tokens, CHEST_TEMPLATE)
 
 
-def read_pixels(folder: Path, side: int) -> Pixels:
+def read_pixels(folder: Path, side: int, processors: Collection[str | None] = PROCESSORS) -> Pixels:
     """What CLIP's image processor makes ``[3, side, side]`` of an image with, by a folder's settings.
 
-    Raises `InputRefused` on settings of another class, or that give another size than the tower's
+    `processors`: names of the classes that prepare as CLIP's does. Raises `InputRefused` on settings of another class, or that give another size than the tower's
     `side`.
     """
     raw, where = read_image_settings(folder)
     kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-    if kind not in PROCESSORS:
-        raise InputRefused(f"{where}: image settings of {kind!r}; expected CLIPImageProcessor's")
+    if kind not in processors:
+        named = ", ".join(name for name in processors if name)
+        raise InputRefused(f"{where}: image settings of {kind!r}; expected one of {named}")
     settings = read_clip_settings(raw, where)
     if settings.output() != (side, side):
         raise InputRefused(

@@ -20,7 +20,7 @@ from exporter.families.layouts.names import Layout, NameMap
 from exporter.families.layouts.published import PublishedLayout
 from exporter.families.prompts.clip import ClipTokens, read_clip_tokens
 from exporter.families.prompts.textfiles import read_image_settings
-from exporter.families.shapes.parts import ShapeOf
+from exporter.families.shapes.cris import cris
 from exporter.families.specs.clip import ClipText
 from exporter.families.specs.cris import (
     CLASS,
@@ -56,7 +56,7 @@ PUBLISHED = {
     )
 }
 LAYOUTS = (Layout(MODEL_TYPES, PUBLISHED_NAMES, embedding="backbone.token_embedding.weight"),)
-SHAPES: Mapping[str, ShapeOf] = {}
+SHAPES = {MODEL_TYPE: cris}
 # What the config class puts where config.json has no key.
 CONFIG_DEFAULTS: Mapping[str, Value] = {
     "input_size": 416,

@@ -59,14 +59,15 @@ LAYOUTS = (
     Layout(MODEL_TYPES, OLD_NAMES, embedding="text_model.model.embeddings.word_embeddings.weight"),
 )
 SHAPES = {MODEL_TYPE: medclip}
-# Of the models that the published code names.
+# Of the models that the published code names, with the Swin tower.
 CONFIG_DEFAULTS: Mapping[str, Value] = {
     "projection_dim": 512,
     "vision_config.model_type": "swin",
     "vision_config.image_size": 224,
     "vision_config.patch_size": 4,
     "vision_config.embed_dim": 96,
-    "vision_config.depths": (2, 2, 6, 2),
+    # Each tower has its own.
+    "vision_config.depths": None,
     "vision_config.num_heads": (3, 6, 12, 24),
     "vision_config.window_size": 7,
     "vision_config.mlp_ratio": 4.0,

@@ -16,14 +16,21 @@ from exporter.catalog.schema import Value
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.layouts.medfilip import CLASS, MODEL_TYPE, SIDE, medfilip_config
+from exporter.families.layouts.medfilip import (
+    CLASS,
+    MODEL_TYPE,
+    RESNET,
+    SIDE,
+    SIZE,
+    medfilip_config,
+)
 from exporter.families.layouts.names import Layout, NameMap
 from exporter.families.layouts.published import PublishedLayout
 from exporter.families.prompts.clip import ClipTokens, read_clip_tokens
 from exporter.families.prompts.textfiles import read_image_settings
-from exporter.families.shapes.parts import ShapeOf
-from exporter.families.specs.clip import ClipText, clip_text
-from exporter.families.specs.resnet import ResNetImage, resnet_image
+from exporter.families.shapes.resnet import medfilip
+from exporter.families.specs.clip import TEXT_SIZES, ClipText, clip_text
+from exporter.families.specs.resnet import RESNET_50, ResNetImage, resnet_image
 from exporter.families.tasks import TEXT_GRAPH, VISION_GRAPH, GraphSpec, Outputs, Task
 
 MODEL_TYPES = (MODEL_TYPE,)
@@ -36,8 +43,16 @@ PUBLISHED = {
     )
 }
 LAYOUTS = (Layout(MODEL_TYPES, (), embedding="text_model.embeddings.token_embedding.weight"),)
-SHAPES: Mapping[str, ShapeOf] = {}
-CONFIG_DEFAULTS: Mapping[str, Value] = {}
+SHAPES = {MODEL_TYPE: medfilip}
+# The published code's: torchvision's resnet50 and CLIPTextConfig's sizes.
+CONFIG_DEFAULTS: Mapping[str, Value] = {
+    "projection_dim": SIZE,
+    "vision_config.model_type": RESNET,
+    "vision_config.image_size": SIDE,
+    "vision_config.embedding_size": 64,
+    "vision_config.depths": RESNET_50,
+    **{f"text_config.{key}": value for key, value in TEXT_SIZES.items()},
+}
 # Its texts are descriptions of a disease, with nothing around them.
 TEMPLATE = "{}"
 PREFIX = "image_model."

@@ -83,7 +83,6 @@ def test_context_and_batch_grow_the_cache(capsys):
     ("arguments", "code", "message"),
     [
         (["--model", SEVEN_B, "--target", "t5"], 2, "no target 't5'"),
-        (["--model", "cnn-transformer"], 3, "no known shape"),
         (["--model", "moondream2", "--target", "t4", "--context", "9999"], 3, "2048 positions"),
         (["--model", SEVEN_B, "--target", "t4", "--max-size", "0.3"], 2, "--weights DIR"),
         (["--model", SEVEN_B, "--target", "t4", "--int4", "--int8"], 2, "exactly one"),
