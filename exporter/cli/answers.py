@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from exporter.runtimes.graphs import OrtGraphs
 
 MAX_TEXT = 1 << 20
+COMMAS = re.compile("[,，、]")
 BEST = 5
+# How a zero-shot model's probabilities come about, where it has no bias of the score.
+SHARED = "all labels together"
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,13 @@ def answer(model_dir: Path, task: str, asked: Question, threads: int | None) -> 
 
 
 def split_labels(given: str | None, file: Path | None) -> tuple[str, ...]:
-    """Labels from a list with commas, or one a line from a file. Raises `WrongUsage`, `InputRefused`."""
+    """Labels from a list with commas, Chinese and Japanese ones too, or one a line from a file.
+
+    Raises `WrongUsage`, `InputRefused`.
+    """
     if given and file:
         raise WrongUsage("give --labels or --labels-file, not both")
-    parts = _read_text(file).splitlines() if file else (given or "").split(",")
+    parts = _read_text(file).splitlines() if file else COMMAS.split(given or "")
     labels = tuple(dict.fromkeys(p.strip() for p in parts if p.strip()))
     if (given or file) and not labels:
         raise WrongUsage("no label in what was given; expected --labels TEXT,TEXT")
@@ -71,7 +78,9 @@ def show(task: str, found: Mapping[str, Any]) -> None:
         name = f"{row['input']}: " if len(rows) > 1 else ""
         if task == "zero-shot":
             best = sorted(row["scores"].items(), key=lambda item: -item[1])[:BEST]
-            click.echo(name + ", ".join(f"{label} {score:.1%}" for label, score in best))
+            # What is scored by itself can be far below a percent: three digits tell labels apart.
+            style = ".1f" if found["scoring"] == SHARED else ".3g"
+            click.echo(name + ", ".join(f"{label} {100 * score:{style}}%" for label, score in best))
         elif task == "segmentation":
             for label, mask in row["masks"].items():
                 where = f"  {mask['file']}" if mask["file"] else ""
@@ -80,6 +89,8 @@ def show(task: str, found: Mapping[str, Any]) -> None:
             click.echo(name + row["summary"] + ("" if row["stopped"] else "  [cut: length limit]"))
         else:
             click.echo(name + _encoded(row))
+    if task == "zero-shot" and found["scoring"] != SHARED:
+        click.echo("(each label scored by itself: these probabilities do not add up to 1)")
     if task == "zero-shot" and len(rows) > 1:
         for label, order in found["retrieval"].items():
             click.echo(f"best for '{label}': {order[0]}")
@@ -104,7 +115,8 @@ def _rank_labels(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
     model = ZeroShot(graphs)
     texts = model.embed_texts(label_texts(asked.labels, asked.template or model.template))
     images = model.embed_images([open_image(path) for path in asked.inputs])
-    scores, cosines = label_scores(images, texts, model.logit_scale), images @ texts.T
+    scores = label_scores(images, texts, model.logit_scale, model.logit_bias)
+    cosines = images @ texts.T
     names = [str(path) for path in asked.inputs]
     results = [
         {
@@ -121,6 +133,7 @@ def _rank_labels(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
     }
     return {
         "template": asked.template or model.template,
+        "scoring": SHARED if model.logit_bias is None else "each label by itself",
         "results": results,
         "retrieval": retrieval,
     }

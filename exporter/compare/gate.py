@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from exporter.catalog.schema import Gate
 from exporter.compare.assemble import Judged
@@ -36,31 +37,47 @@ def judge_candidate(
     passes with at most 5 per cent whichever quantity is bad. One that fails makes the whole fail.
     """
     quantities, missing = gated_quantities(own, base, gate)
-    verdict = overall(quantities)
-    deciding = [q for q in quantities if q.verdict == verdict]
-    if verdict == "INCONCLUSIVE":
-        # What needs the most images comes first: that many decide all.
-        deciding.sort(key=lambda q: q.needed or MOST, reverse=True)
-    needed = [q.needed for q in deciding if q.needed is not None]
-    if verdict == "PASS":
-        reasons: tuple[str, ...] = (ALL_INSIDE,)
-    else:
-        reasons = tuple(f"{q.name}: {q.said}; {bound_text(q)}" for q in deciding)
-    unnamed = any(q.needed is None for q in deciding)
+    ruling = rule(quantities)
     return GateReport(
         schema=GATE_SCHEMA,
         candidate=name,
         reference=reference,
-        verdict=verdict,
-        reasons=reasons,
+        verdict=ruling.verdict,
+        reasons=ruling.reasons,
         smoke=smoke or len(own) < ENOUGH_IMAGES,
         images=len(own),
         patients=len({j.case.patient for j in own}),
-        needed=max(needed) if verdict == "INCONCLUSIVE" and needed and not unnamed else None,
+        needed=ruling.needed,
         margins=gate,
         quantities=tuple(quantities),
         not_measured=missing,
     )
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What gated quantities say together: why, and how many cases would decide an inconclusive one
+    (None: cannot be named).
+    """
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    needed: int | None
+
+
+def rule(quantities: Sequence[Quantity]) -> Ruling:
+    """The verdict over all quantities, which stand in the order of cause."""
+    verdict = overall(quantities)
+    if verdict == "PASS":
+        return Ruling(verdict, (ALL_INSIDE,), None)
+    deciding = [q for q in quantities if q.verdict == verdict]
+    if verdict == "INCONCLUSIVE":
+        # What needs the most cases comes first: that many decide all.
+        deciding.sort(key=lambda q: q.needed or MOST, reverse=True)
+    reasons = tuple(f"{q.name}: {q.said}; {bound_text(q)}" for q in deciding)
+    known = [q.needed for q in deciding if q.needed is not None]
+    undecided = verdict == "INCONCLUSIVE" and bool(known) and len(known) == len(deciding)
+    return Ruling(verdict, reasons, max(known) if undecided else None)
 
 
 def overall(quantities: Sequence[Quantity]) -> Verdict:

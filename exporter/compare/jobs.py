@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from exporter.compare.gpu import GpuUse
-from exporter.compare.process import explain_end, run_worker
-from exporter.core.artifact import write_atomic
+from exporter.compare.process import answered, ask, read_answer
+from exporter.compare.quality.distribution import compare_logits
 from exporter.core.digest import sha256_json
+from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
 
 WORKER = "exporter.compare.worker"
@@ -133,40 +137,34 @@ class JobResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu: GpuUse | None = None
 
 
-def run_job(job: Job, progress: Progress = silent) -> JobResult:
-    """Run `job` in a fresh process, or return its finished result if this very job was done before.
-
-    Raises the worker's own error class, or `EnvironmentLacks` when it was killed, with its last
-    lines.
+def compare_kept(
+    logits: Path, own: NDArray[np.float32], tokens: Sequence[int], where: str
+) -> Scores:
+    """Scores of a candidate's logits ``[tokens, vocab]`` beside the reference's, which it kept in the file
+    `logits`. Raises `InputRefused`, which names the case by `where`.
     """
-    folder = Path(job.folder)
-    done = folder / "result.json"
-    cached = finished(job)
-    if cached is not None:
-        return cached
-    done.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    request, log = folder / "request.json", folder / "worker.log"
-    write_atomic(request, msgspec.json.encode(job))
-    code = run_worker(
-        WORKER, request, log, threads=job.threads, total=len(job.cases), progress=progress
+    try:
+        found = compare_logits(np.load(logits, allow_pickle=False), own, tokens)
+    except ValueError as error:
+        raise InputRefused(f"{where}: {error}") from error
+    return Scores(
+        kl=found.kl.tolist(),
+        agree=found.agree.tolist(),
+        reference_logprob=found.reference_logprob.tolist(),
+        candidate_logprob=found.candidate_logprob.tolist(),
     )
-    result = read_result(done) if done.is_file() else None
-    if code != 0 or result is None:
-        raise explain_end(f"the {job.role} process of '{job.name}'", code, log)
-    return result
+
+
+def run_job(job: Job, progress: Progress = silent) -> JobResult:
+    """Run `job` in a fresh process; see `process.ask`."""
+    return ask(WORKER, job, JobResult, progress)
 
 
 def finished(job: Job) -> JobResult | None:
     """The result of an earlier run of this very job, or None."""
-    path = Path(job.folder) / "result.json"
-    result = read_result(path) if path.is_file() else None
-    return result if result is not None and result.job == job.digest else None
+    return answered(job, JobResult)
 
 
 def read_result(path: Path) -> JobResult | None:
-    """A finished result; None when the file is of another version or damaged."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=JobResult)
-    except msgspec.DecodeError:
-        return None
+    """A finished result; None when there is none, or one of another version, or a damaged one."""
+    return read_answer(path, JobResult)

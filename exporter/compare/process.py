@@ -6,13 +6,113 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+import msgspec
+
+from exporter.core.artifact import write_atomic
 from exporter.core.data import PACKAGE
 from exporter.core.errors import EnvironmentLacks, InputRefused, MedexportError, WrongUsage
 from exporter.core.progress import Progress
 
 LOG_LINES = 12
+RESULT = "result.json"
+
+
+class Asked(Protocol):
+    """A request to a worker, a msgspec struct; `folder` is for its answer."""
+
+    @property
+    def name(self) -> str:
+        """Which model is asked."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """What it is asked for."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Threads to compute with."""
+        ...
+
+    @property
+    def cases(self) -> Sized:
+        """What it prints a line for, each."""
+        ...
+
+    @property
+    def folder(self) -> str:
+        """Where request, log and answer are kept."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that determines the answer."""
+        ...
+
+
+class Answer(Protocol):
+    """What a worker measured, a msgspec struct."""
+
+    @property
+    def job(self) -> str:
+        """Digest of the request."""
+        ...
+
+
+JobT = TypeVar("JobT")
+AnswerT = TypeVar("AnswerT", bound=Answer)
+
+
+def serve(arguments: Sequence[str], kind: type[JobT], run: Callable[[JobT], object]) -> int:
+    """A worker's main: do the request in the file named by the one argument; returns the exit code."""
+    try:
+        run(msgspec.json.decode(Path(arguments[0]).read_bytes(), type=kind))
+    except MedexportError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def ask(worker: str, job: Asked, kind: type[AnswerT], progress: Progress) -> AnswerT:
+    """Run `job` in a fresh process of the module `worker`, or return its finished answer if this very
+    job was done before.
+
+    Raises the worker's own error class, or `EnvironmentLacks` when it was killed, with its last lines.
+    """
+    folder = Path(job.folder)
+    done = answered(job, kind)
+    if done is not None:
+        return done
+    (folder / RESULT).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    request, log = folder / "request.json", folder / "worker.log"
+    write_atomic(request, msgspec.json.encode(job))
+    code = run_worker(
+        worker, request, log, threads=job.threads, total=len(job.cases), progress=progress
+    )
+    result = read_answer(folder / RESULT, kind)
+    if code != 0 or result is None:
+        raise explain_end(f"the {job.role} process of '{job.name}'", code, log)
+    return result
+
+
+def answered(job: Asked, kind: type[AnswerT]) -> AnswerT | None:
+    """The answer of an earlier run of this very job, or None."""
+    result = read_answer(Path(job.folder) / RESULT, kind)
+    return result if result is not None and result.job == job.digest else None
+
+
+def read_answer(path: Path, kind: type[AnswerT]) -> AnswerT | None:
+    """A finished answer; None when there is none, or one of another version, or a damaged one."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 def run_worker(

@@ -236,14 +236,8 @@ class Comparison(Record, frozen=True):
 
     def gate(self, name: str) -> GateReport:
         """The verdict on the candidate called `name`. Raises KeyError."""
-        for gate in self.gates:
-            if gate.candidate == name:
-                return gate
-        raise KeyError(name)
+        return {gate.candidate: gate for gate in self.gates}[name]
 
     def row(self, name: str) -> Row:
         """The row called `name`. Raises KeyError."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]

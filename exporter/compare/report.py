@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter.compare import html
-from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.caption_report import caption_tables
 from exporter.compare.gpu_report import gpu_table, held_on_gpu
 from exporter.compare.plots import plots
 from exporter.compare.records import CaptionRow, CaseRow, Comparison, Row
+from exporter.compare.report_parts import (
+    document,
+    lineage_list,
+    release_form,
+    sizes_table,
+    verdict_section,
+)
 from exporter.compare.robustness_report import robustness_section
-from exporter.compare.table import HEADER, shown_gates, table_cells
+from exporter.compare.table import HEADER, table_cells
 from exporter.compare.tradeoff import TradeOff, tradeoff_section
 from exporter.compare.wording import (
     DASH,
-    bound_text,
     flips,
     interval,
     megabytes,
     number,
     percent,
+    shown_gates,
     small,
     smoke_note,
-    verdict_lines,
 )
 
 MAX_FLIPPED = 40
@@ -64,7 +68,8 @@ def render_report(
     `curves`: the trade-off of each mixed model by its name.
     """
     bodies = {
-        "verdict": _verdict(comparison),
+        "verdict": verdict_section(shown_gates(comparison.gates))
+        or "<p>No verdict: there is nothing to hold against the reference.</p>\n",
         "summary": _summary(comparison),
         "changed": _changed(comparison),
         "worst": _worst(comparison),
@@ -74,45 +79,16 @@ def render_report(
         "speed": _speed(comparison),
         "tradeoff": "".join(tradeoff_section(n, c) for n, c in (curves or {}).items()),
         "method": html.definitions(comparison.method.items()),
-        "lineage": html.definitions((k, _plain(v)) for k, v in _lineage(comparison, lineage)),
-        "release": _release(),
+        "lineage": lineage_list(lineage, comparison.rows, comparison.machine),
+        "release": release_form("images", BLANKS),
     }
     # What was not asked for has no section.
-    sections = [(a, t) for a, t in SECTIONS if bodies[a] or a not in ("tradeoff", "robustness")]
-    links = "".join(f'<li><a href="#{a}">{html.text(t)}</a></li>' for a, t in sections)
-    title = f"Comparison with {comparison.reference}"
-    head = (
-        f"<header><h1>{html.text(title)}</h1>\n<p>{html.text(comparison.summary)}</p></header>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>\n'
-    )
-    parts = "".join(html.section(a, t, bodies[a]) for a, t in sections)
-    return html.page(title, f"{head}{parts}</main>\n")
-
-
-def _verdict(c: Comparison) -> str:
-    parts = []
-    for gate in shown_gates(c):
-        css = {"PASS": "none", "FAIL": "flipped"}.get(gate.verdict, "lost")
-        parts.append(
-            f'<p class="{css}">{html.text(gate.label)}: {html.text(gate.candidate)} against '
-            f"{html.text(gate.reference)}</p>\n"
-        )
-        said = [line.strip() for line in verdict_lines(gate)[1:]]
-        parts.append("<ul>" + "".join(f"<li>{html.text(x)}</li>" for x in said) + "</ul>\n")
-        cells = [
-            (q.name, str(q.verdict), q.said, bound_text(q), str(q.images), str(q.patients),
-             str(q.needed or DASH), q.method)
-            for q in gate.quantities
-        ]  # fmt: skip
-        cells += [
-            (name, DASH, f"not measured: {why}", DASH, DASH, DASH, DASH, DASH)
-            for name, why in gate.not_measured.items()
-        ]
-        header = ("quantity", "verdict", "seen", "one-sided 95 % bounds and margin", "images",
-                  "patients", "images needed", "method")  # fmt: skip
-        title = f"Gated quantities of {gate.candidate}, likeliest cause first"
-        parts.append(html.table(title, header, cells, words=4))
-    return "".join(parts) or "<p>No verdict: there is nothing to hold against the reference.</p>\n"
+    sections = [
+        (anchor, title, bodies[anchor])
+        for anchor, title in SECTIONS
+        if bodies[anchor] or anchor not in ("tradeoff", "robustness")
+    ]
+    return document(f"Comparison with {comparison.reference}", comparison.summary, sections)
 
 
 def _summary(c: Comparison) -> str:
@@ -294,30 +270,4 @@ def _speed(c: Comparison) -> str:
         if (s := row.speed)
     ]
     said = html.table("Medians; p90 only from 64 runs", header, cells) if cells else ""
-    said += gpu_table(c.rows)
-    parts = sorted({p for row in c.rows for p in row.parts})
-    sizes = [
-        (row.name, *(megabytes(row.parts.get(p)) for p in parts), megabytes(row.bytes))
-        for row in c.rows
-        if row.name != NOISE_FLOOR
-    ]
-    return said + html.table("Megabytes on disk by part", ("model", *parts, "all"), sizes)
-
-
-def _lineage(c: Comparison, lineage: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    models = [(f"model {r.name}", r.model_sha256) for r in c.rows if r.name != NOISE_FLOOR]
-    versions = [(f"libraries ({r.name})", r.versions) for r in c.rows[:1]]
-    return [*lineage.items(), *models, *versions, ("machine", c.machine)]
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _release() -> str:
-    blanks = "".join(f"<dt>{b}</dt><dd><span class=blank>&nbsp;</span></dd>\n" for b in BLANKS)
-    return (
-        "<p>These figures say how far a model moved from its reference on the images named above. "
-        "They are no claim of clinical performance or of conformity with any regulation.</p>\n"
-        f'<dl class="method">{blanks}</dl>\n'
-    )
+    return said + gpu_table(c.rows) + sizes_table(c.rows)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.gpu_report import gpu_note
 from exporter.compare.records import Comparison, Row
 from exporter.compare.robustness_report import robustness_note
-from exporter.compare.verdict import GateReport
+from exporter.compare.verdict import GateReport, Judged
 from exporter.compare.wording import (
     DASH,
     bound_text,
@@ -18,6 +17,7 @@ from exporter.compare.wording import (
     megabytes,
     number,
     percent,
+    shown_gates,
     small,
     smoke_note,
     verdict_lines,
@@ -36,19 +36,13 @@ def comparison_table(comparison: Comparison) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    lines = [*verdict_text(shown_gates(comparison)), *lines]
+    lines = [*verdict_text(shown_gates(comparison.gates)), *lines]
     for note in _notes(comparison):
         lines += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def shown_gates(comparison: Comparison) -> list[GateReport]:
-    """The verdicts on the candidates; where there is none, the one on the reference's repetition."""
-    candidates = [g for g in comparison.gates if g.candidate != NOISE_FLOOR]
-    return candidates or list(comparison.gates)
-
-
-def verdict_text(gates: Sequence[GateReport]) -> list[str]:
+def verdict_text(gates: Sequence[Judged]) -> list[str]:
     """The verdicts as wrapped lines with an empty one below; nothing where there is no verdict."""
     lines = []
     for gate in gates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from exporter.compare.candidates import NOISE_FLOOR
 from exporter.compare.records import Comparison, Figure, Row
@@ -12,6 +13,7 @@ from exporter.compare.verdict import ENOUGH_IMAGES, Judged, Quantity
 
 DASH = "-"
 MOST_REASONS = 3
+AnyJudged = TypeVar("AnyJudged", bound=Judged)
 
 
 def megabytes(count: int | None) -> str:
@@ -73,6 +75,12 @@ def bound_text(quantity: Quantity) -> str:
         if limit is not None
     ]
     return f"{one(quantity.value)}{inside}, allowed {' and '.join(margins)}"
+
+
+def shown_gates(gates: Sequence[AnyJudged]) -> list[AnyJudged]:
+    """The verdicts on the candidates; where there is none, the one on the reference's repetition."""
+    candidates = [gate for gate in gates if gate.candidate != NOISE_FLOOR]
+    return candidates or list(gates)
 
 
 def verdict_lines(report: Judged) -> list[str]:

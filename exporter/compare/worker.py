@@ -26,13 +26,14 @@ from exporter.compare.jobs import (
     JobResult,
     Probe,
     Scores,
+    compare_kept,
     read_result,
 )
 from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
 from exporter.compare.perturb import perturbed_captions
-from exporter.compare.quality.distribution import compare_logits
+from exporter.compare.process import RESULT, serve
 from exporter.core.artifact import need_space, write_atomic
-from exporter.core.errors import InputRefused, MedexportError
+from exporter.core.errors import InputRefused
 from exporter.runtimes.base import Caption
 from exporter.runtimes.images import open_image
 from exporter.runtimes.providers import Device
@@ -42,13 +43,7 @@ LIBRARIES = {"ort": ("onnxruntime", "numpy"), "torch": ("torch", "transformers",
 
 def main(arguments: Sequence[str]) -> int:
     """Run the request in the file named by the one argument; returns the exit code."""
-    try:
-        job = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Job)
-        run(job)
-    except MedexportError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+    return serve(arguments, Job, run)
 
 
 def run(job: Job) -> None:
@@ -59,7 +54,7 @@ def run(job: Job) -> None:
         job.runtime, Path(job.model_dir), job.threads, device=job.device, dtype=job.dtype
     )
     result = answer(job, captioner, perf_counter() - start, meter)
-    write_atomic(Path(job.folder) / "result.json", msgspec.json.encode(result))
+    write_atomic(Path(job.folder) / RESULT, msgspec.json.encode(result))
 
 
 def answer(
@@ -144,7 +139,7 @@ def _logits_path(folder: Path, index: int) -> Path:
 def _reference_tokens(job: Job) -> dict[str, list[int]]:
     if job.role != "candidate":
         return {}
-    result = read_result(Path(job.reference or "") / "result.json")
+    result = read_result(Path(job.reference or "") / RESULT)
     if result is None or [c.id for c in result.cases] != [c.id for c in job.cases]:
         raise InputRefused(
             f"{job.reference}: not the reference's result for these cases; remove the work folder"
@@ -169,16 +164,7 @@ def _compare(
     if not path.is_file():
         return None
     own = _score(captioner, job, case, tokens)
-    try:
-        scores = compare_logits(np.load(path, allow_pickle=False), own, tokens)
-    except ValueError as error:
-        raise InputRefused(f"'{job.name}' on {case.id}: {error}") from error
-    return Scores(
-        kl=scores.kl.tolist(),
-        agree=scores.agree.tolist(),
-        reference_logprob=scores.reference_logprob.tolist(),
-        candidate_logprob=scores.candidate_logprob.tolist(),
-    )
+    return compare_kept(path, own, tokens, f"'{job.name}' on {case.id}")
 
 
 def _result(

@@ -254,7 +254,8 @@ class PromptInputs:
 
     input_ids: int64 ``[length]`` with one image token per feature row; vision: the inputs of the
     vision graph for each of its runs, whose feature rows one after the other belong to the image
-    tokens; positions: int64 ``[axes, length]`` where a position is more than a place in the text;
+    tokens; positions: int64 ``[axes, length]`` where a position is more than a place in the text (its
+    places on several axes, or its place and the last one that it sees);
     sizes: (height, width) of each image as it came, where the torch model asks for it; image_mask:
     int64 ``[length, images]``, 1 where a token sees an image, where the decoder asks for it (the
     answer sees what the prompt's last token sees); prefix_length: so many of the first positions see

@@ -85,7 +85,8 @@ class ZeroShotPreparer(Protocol):
     """Images and texts to the inputs of `VISION_GRAPH` and `TEXT_GRAPH`.
 
     `VISION_GRAPH` gives ``image_embeds`` ``[images, size]``; `TEXT_GRAPH` gives ``text_embeds``
-    ``[texts, size]`` and ``logit_scale`` ``[]`` (already exponentiated). Neither is normalised.
+    ``[texts, size]`` and ``logit_scale`` ``[]`` (already exponentiated). Neither is normalised. A model
+    that scores each pair by itself (SigLIP) also gives ``logit_bias`` ``[]``.
     """
 
     @property

@@ -10,13 +10,10 @@ from onnx import TensorProto
 
 from exporter.families.specs.bert import BertSpec, HeadSpec, TextEncoderSpec
 from exporter.graphs.embedding import table_rows
-from exporter.graphs.linear import float_weight, linear
+from exporter.graphs.layers import PLAIN, Layers, Projection, activate
+from exporter.graphs.linear import float_weight
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
-
-# com.microsoft ops that add a bias first: the erf form and the tanh form.
-GELUS = {"gelu": "BiasGelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "FastGelu"}
-PLAIN = {"relu": "Relu", "tanh": "Tanh"}
 
 
 def write_text_encoder(
@@ -49,7 +46,7 @@ class Bert:
         self.writer = writer
         self.spec = spec
         self.weights = weights
-        self.accuracy_level = accuracy_level
+        self.layers = Layers(writer, weights, accuracy_level, spec.norm_eps)
 
     def states(self, *, types: bool, output: str | None = None) -> list[str]:
         """Declare the inputs; hidden states before the first block and behind each one.
@@ -80,7 +77,7 @@ class Bert:
 
     def dense(self, name: str, x: str, shape: tuple[int, int], output: str | None = None) -> str:
         """The linear layer `name` ``[outputs, inputs]`` with its bias."""
-        product, bias = self._product(name, x, shape)
+        product, bias = self.layers.product(name, x, shape)
         outputs = [output] if output else None
         return self.writer.node("Add", f"{name}/bias", [product, bias], outputs=outputs)
 
@@ -121,22 +118,22 @@ class Bert:
         spec, names, at = self.spec, self.spec.names, self.spec.block(layer)
         hidden, inner = spec.hidden_size, spec.intermediate_size
         attended = self._attention(at, x, padding)
-        product = self._product(at + names.out, attended, (hidden, hidden))
+        product = self.layers.product(at + names.out, attended, (hidden, hidden))
         x = self._added(at + names.first_norm, x, product)
-        wide = self._product(at + names.up, x, (inner, hidden))
+        wide = self.layers.product(at + names.up, x, (inner, hidden))
         active = activate(self.writer, f"{at}active", spec.activation, *wide)
-        product = self._product(at + names.down, active, (hidden, inner))
+        product = self.layers.product(at + names.down, active, (hidden, inner))
         return self._added(at + names.second_norm, x, product, output)
 
     def _attention(self, at: str, x: str, padding: str) -> str:
         """Attention of all tokens to those that are no padding."""
         spec, names = self.spec, self.spec.names
-        values, biases = [], []
-        for part in (names.query, names.key, names.value):
-            matrix = self.weights.matrix(f"{at}{part}.weight", spec.hidden_size, spec.hidden_size)
-            values.append(linear(self.writer, at + part, x, matrix, self.accuracy_level))
-            biases.append(self.weights.vector(f"{at}{part}.bias", spec.hidden_size))
-        bias = self.writer.weight(f"{at}attention.biases", np.concatenate(biases))
+        shape = (spec.hidden_size, spec.hidden_size)
+        parts = [
+            Projection(at + part, x, shape, at + part)
+            for part in (names.query, names.key, names.value)
+        ]
+        values, bias = self.layers.projected(f"{at}attention.biases", parts)
         attributes = {"num_heads": spec.heads, "scale": float(np.float32(spec.head_dim**-0.5))}
         return self.writer.node(
             "MultiHeadAttention",
@@ -144,14 +141,6 @@ class Bert:
             [*values, bias, padding],
             domain=MICROSOFT,
             attributes=attributes,
-        )
-
-    def _product(self, name: str, x: str, shape: tuple[int, int]) -> tuple[str, str]:
-        """Product with the linear layer `name`, and its bias, still to be added."""
-        matrix = self.weights.matrix(f"{name}.weight", *shape)
-        product = linear(self.writer, name, x, matrix, self.accuracy_level)
-        return product, self.writer.weight(
-            f"{name}.bias", self.weights.vector(f"{name}.bias", shape[0])
         )
 
     def _added(self, name: str, x: str, product: tuple[str, str], output: str | None = None) -> str:
@@ -168,15 +157,7 @@ class Bert:
 
     def _norm_vectors(self, name: str) -> Sequence[str]:
         size = self.spec.hidden_size
-        tensors = [f"{name}.{part}" for part in ("weight", "bias")]
-        return [self.writer.weight(t, self.weights.vector(t, size)) for t in tensors]
-
-
-def activate(writer: GraphWriter, name: str, kind: str, x: str, bias: str) -> str:
-    """The activation `kind` of x + bias."""
-    if kind in GELUS:
-        return writer.node(GELUS[kind], name, [x, bias], domain=MICROSOFT)
-    return writer.node(PLAIN[kind], name, [writer.node("Add", f"{name}/bias", [x, bias])])
+        return [self.layers.vector(f"{name}.{part}", size) for part in ("weight", "bias")]
 
 
 def _head(bert: Bert, head: HeadSpec, states: str) -> None:

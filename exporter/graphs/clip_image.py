@@ -9,7 +9,8 @@ from onnx import TensorProto
 
 from exporter.families.specs.clip import ClipImage
 from exporter.graphs.clip_tower import clip_states
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.layers import Stream
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 

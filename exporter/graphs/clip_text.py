@@ -9,8 +9,8 @@ from onnx import TensorProto
 
 from exporter.families.specs.clip import ClipText
 from exporter.graphs.embedding import table_rows
+from exporter.graphs.layers import Layers, Projection, Stream, activate
 from exporter.graphs.linear import float_weight, linear
-from exporter.graphs.vit import ACTIVATION_OPS, QUICK_GELU_ALPHA, Stream
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
@@ -42,7 +42,8 @@ class _Text:
         self.writer = writer
         self.spec = spec
         self.weights = weights
-        self.accuracy_level = accuracy_level
+        prefixes = (spec.prefix, "encoder.")
+        self.layers = Layers(writer, weights, accuracy_level, spec.norm_eps, prefixes)
         self.ids = writer.input("input_ids", INT64, ["texts", "length"])
         mask = writer.input("attention_mask", INT64, ["texts", "length"])
         self.mask = writer.node("Cast", "key_mask", [mask], attributes={"to": INT32})
@@ -54,9 +55,10 @@ class _Text:
         for layer in range(spec.layers):
             stream = self._block(layer, stream)
         ended = self._ended(stream)
-        normed, _ = self._norm(f"{spec.prefix}final_layer_norm", ended, last=True)
+        name, level = f"{spec.prefix}final_layer_norm", self.layers.accuracy_level
+        normed, _ = self.layers.norm(name, ended, spec.hidden_size, last=True)
         matrix = self.weights.matrix(spec.projection, spec.output_size, spec.hidden_size)
-        linear(writer, "projection", normed, matrix, self.accuracy_level, output=embeds)
+        linear(writer, "projection", normed, matrix, level, output=embeds)
         if spec.logit_scale:
             stored = self.weights.array(spec.logit_scale, ()).reshape(1).astype(np.float32)
             scale = writer.node("Exp", "scale", [writer.constant("log_scale", stored)])
@@ -78,30 +80,23 @@ class _Text:
         return writer.node("Add", "placed", [tokens, rows])
 
     def _block(self, layer: int, x: Stream) -> Stream:
-        at, name = self.spec.layer(layer), f"layers.{layer}"
+        layers, at, name = self.layers, self.spec.layer(layer), f"layers.{layer}"
         hidden, inner = self.spec.hidden_size, self.spec.intermediate_size
-        normed, residual = self._norm(f"{at}layer_norm1", x)
-        attended = self._attention(name, f"{at}self_attn.", normed)
-        product = self._product(f"{name}.out_proj", f"{at}self_attn.out_proj", attended, hidden)
-        normed, residual = self._norm(f"{at}layer_norm2", Stream(residual, *product))
-        wide = self._product(f"{name}.fc1", f"{at}mlp.fc1", normed, inner)
-        active = self._activated(f"{name}.gelu", *wide)
-        narrow = self._product(f"{name}.fc2", f"{at}mlp.fc2", active, hidden, inner)
+        normed, residual = layers.norm(f"{at}layer_norm1", x, hidden)
+        attended, out = self._attention(name, f"{at}self_attn.", normed), f"{name}.out_proj"
+        product = layers.product(f"{at}self_attn.out_proj", attended, (hidden, hidden), name=out)
+        normed, residual = layers.norm(f"{at}layer_norm2", Stream(residual, *product), hidden)
+        wide = layers.product(f"{at}mlp.fc1", normed, (inner, hidden), name=f"{name}.fc1")
+        active = activate(self.writer, f"{name}.gelu", self.spec.activation, *wide)
+        narrow = layers.product(f"{at}mlp.fc2", active, (hidden, inner), name=f"{name}.fc2")
         return Stream(residual, *narrow)
 
     def _attention(self, name: str, at: str, x: str) -> str:
         """Attention of every position to itself and those before it, as far as the mask has them."""
         spec = self.spec
-        values, biases = [], []
-        for part in "qkv":
-            matrix = self.weights.matrix(
-                f"{at}{part}_proj.weight", spec.hidden_size, spec.hidden_size
-            )
-            values.append(
-                linear(self.writer, f"{name}.{part}_proj", x, matrix, self.accuracy_level)
-            )
-            biases.append(self.weights.vector(f"{at}{part}_proj.bias", spec.hidden_size))
-        bias = self.writer.weight(f"{name}.qkv_proj.bias", np.concatenate(biases))
+        shape = (spec.hidden_size, spec.hidden_size)
+        parts = [Projection(f"{at}{part}_proj", x, shape, f"{name}.{part}_proj") for part in "qkv"]
+        values, bias = self.layers.projected(f"{name}.qkv_proj.bias", parts)
         return self.writer.node(
             "MultiHeadAttention",
             f"{name}.attention",
@@ -113,14 +108,6 @@ class _Text:
                 "unidirectional": 1,
             },
         )
-
-    def _activated(self, name: str, x: str, bias: str) -> str:
-        kind, writer = self.spec.activation, self.writer
-        if kind == "quick_gelu":
-            biased = writer.node("Add", f"{name}/bias", [x, bias])
-            alpha = {"alpha": QUICK_GELU_ALPHA}
-            return writer.node("QuickGelu", name, [biased], domain=MICROSOFT, attributes=alpha)
-        return writer.node(ACTIVATION_OPS[kind], name, [x, bias], domain=MICROSOFT)
 
     def _ended(self, x: Stream) -> Stream:
         """The stream at each text's end token: rows ``[texts, hidden]``."""
@@ -138,40 +125,3 @@ class _Text:
             for what, value in (("residual", x.residual), ("addition", x.addition))
         ]
         return Stream(rows[0], rows[1], x.bias)
-
-    def _norm(self, tensor: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
-        """Layer norm of the stream's sum, and that sum (which the `last` norm does not give)."""
-        name = self._short(tensor)
-        vectors = [self._vector(f"{tensor}.{p}", self.spec.hidden_size) for p in ("weight", "bias")]
-        epsilon = {"epsilon": self.spec.norm_eps}
-        if not x.addition:
-            attributes = {**epsilon, "axis": -1}
-            inputs = [x.residual, *vectors]
-            normed = self.writer.node("LayerNormalization", name, inputs, attributes=attributes)
-            return normed, x.residual
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            "SkipLayerNormalization",
-            name,
-            [x.residual, x.addition, *vectors, x.bias],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
-
-    def _product(
-        self, name: str, tensor: str, x: str, rows: int, columns: int | None = None
-    ) -> tuple[str, str]:
-        """Product with a linear layer (of `hidden_size` inputs unless given), and its bias, still to
-        be added.
-        """
-        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns or self.spec.hidden_size)
-        product = linear(self.writer, name, x, matrix, self.accuracy_level)
-        return product, self._vector(f"{tensor}.bias", rows)
-
-    def _vector(self, tensor: str, size: int) -> str:
-        return self.writer.weight(self._short(tensor), self.weights.vector(tensor, size))
-
-    def _short(self, tensor: str) -> str:
-        return tensor.removeprefix(self.spec.prefix).removeprefix("encoder.")

@@ -10,9 +10,10 @@ from onnx import TensorProto
 from exporter.families.specs.clip_tower import ClipTower
 from exporter.families.specs.llava_vision import LlavaVision
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Stream
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 

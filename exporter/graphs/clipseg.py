@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from exporter.families.specs.clipseg import ClipStates, MaskDecoder
+from exporter.graphs.layers import Stream
 from exporter.graphs.linear import float_weight
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 
@@ -166,14 +167,7 @@ class _Decoder:
         """Attention of all rows to all, then the MLP, each added to its input and normed."""
         vit, spec = self.vit, self.vit.spec
         at, name = f"{spec.prefix}{spec.names.blocks}{layer}.", f"layers.{layer}"
-        size, values, biases = spec.hidden_size, [], []
-        for part in "qkv":
-            tensor = f"{at}{spec.names.attention}{part}_proj"
-            matrix = vit.weights.matrix(f"{tensor}.weight", size, size)
-            values.append(vit.multiply(f"{name}.{part}_proj", x, matrix))
-            biases.append(vit.weights.vector(f"{tensor}.bias", size))
-        bias = self.writer.weight(f"{name}.qkv_proj.bias", np.concatenate(biases))
-        attended = vit.attend(name, values, bias)
+        attended = vit.attention(name, f"{at}{spec.names.attention}", x)
         out = f"{at}{spec.names.attention}{spec.names.out}"
         stream = Stream(x, *vit.product(f"{name}.out_proj", out, attended))
         x, _ = vit.norm(f"{at}{spec.names.first_norm}", stream, last=True)

@@ -9,9 +9,9 @@ from onnx import TensorProto
 
 from exporter.families.specs.cris import Bottleneck, Convolved, CrisImage, CrisText, level_shapes
 from exporter.graphs.embedding import table_rows
+from exporter.graphs.layers import QUICK_GELU_ALPHA, Layers, Projection
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.matrices import Matrix, take_rows
-from exporter.graphs.vit import QUICK_GELU_ALPHA
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
@@ -68,6 +68,7 @@ class Net:
 
     def __init__(self, writer: GraphWriter, weights: WeightSource, accuracy_level: int) -> None:
         self.writer, self.weights, self.accuracy_level = writer, weights, accuracy_level
+        self.layers = Layers(writer, weights, accuracy_level, NORM_EPS)
 
     def conv(self, name: str, x: str, shape: tuple[int, int, int], *, stride: int = 1) -> str:
         """The convolution `name` (outputs, inputs, side) without bias, padded to keep the size."""
@@ -123,10 +124,8 @@ class Net:
 
     def layer(self, name: str, x: str, outputs: int, inputs: int) -> str:
         """The linear layer `name` with its bias."""
-        matrix = self.weights.matrix(f"{name}.weight", outputs, inputs)
-        product = linear(self.writer, name, x, matrix, self.accuracy_level)
-        bias = self.vector(f"{name}.bias", outputs)
-        return self.writer.node("Add", f"{name}/bias", [product, bias])
+        product = self.layers.product(name, x, (outputs, inputs))
+        return self.writer.node("Add", f"{name}/bias", list(product))
 
     def layer_norm(self, name: str, x: str, size: int, output: str | None = None) -> str:
         """The layer norm `name`."""
@@ -174,7 +173,7 @@ class Net:
 
     def vector(self, tensor: str, size: int) -> str:
         """A bias, or a norm's weight."""
-        return self.writer.weight(tensor, self.weights.vector(tensor, size))
+        return self.layers.vector(tensor, size)
 
 
 def _stages(net: Net, spec: CrisImage, x: str) -> dict[int, str]:
@@ -218,13 +217,10 @@ def _pooled(net: Net, spec: CrisImage, x: str) -> str:
     attributes = {"mode": "cubic", "coordinate_transformation_mode": "half_pixel"}
     places = writer.node("Resize", "places", [own, "", "", sizes], attributes=attributes)
     rows = net.rows("cells", writer.node("Add", "placed", [x, places]), deep)
-    parts, biases = [], []
-    for part in "qkv":
-        matrix = net.weights.matrix(f"{at}{part}_proj.weight", deep, deep)
-        parts.append(linear(writer, f"{at}{part}_proj", rows, matrix, net.accuracy_level))
-        biases.append(net.weights.vector(f"{at}{part}_proj.bias", deep))
-    bias = writer.weight(f"{at}bias", np.concatenate(biases))
-    found = net.attend(at, [*parts, bias], deep // 64, deep)
+    stems = [f"{at}{part}_proj" for part in "qkv"]
+    parts = [Projection(stem, rows, (deep, deep), stem) for stem in stems]
+    values, bias = net.layers.projected(f"{at}bias", parts)
+    found = net.attend(at, [*values, bias], deep // 64, deep)
     grid = net.grid("pooled", net.layer(f"{at}c_proj", found, size, deep), size, side)
     beside = net.batch_norm(f"{at}connect.1", net.conv(f"{at}connect.0", x, (size, deep, 1)), size)
     return net.relu(at, writer.node("Add", f"{at}sum", [grid, beside]))

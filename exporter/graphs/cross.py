@@ -15,9 +15,10 @@ from exporter.families.specs.decoder import TextDecoder
 from exporter.families.specs.gpt2 import cross_names
 from exporter.families.specs.vit_tower import CrossVit
 from exporter.graphs.dialect import OpenDialect
-from exporter.graphs.linear import float_weight, linear
+from exporter.graphs.layers import Stream
+from exporter.graphs.linear import linear
 from exporter.graphs.tower import NAME
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 
@@ -40,7 +41,10 @@ def write_cross_vit(
         side = spec.tower.image_size
         shape: list[int | str] = ["batch_size", "tiles", 3, side, side]
         pixels = writer.input("pixel_values", TensorProto.FLOAT, shape)
-        stream = Stream(_embedded(vit, spec, pixels))
+        at = f"{spec.tower.prefix}embeddings."
+        stream = Stream(
+            vit.class_token_and_patches(f"{at}cls_token", f"{at}position_embeddings", pixels)
+        )
         for layer in range(spec.tower.layers):
             stream = vit.block(layer, stream)
         rows, _ = vit.norm(f"{spec.tower.prefix}layernorm", stream, last=True)
@@ -51,18 +55,6 @@ def write_cross_vit(
         for layer in range(spec.decoder.layers):
             _keys_and_values(vit, spec, rows, layer)
         return writer.finish()
-
-
-def _embedded(vit: Vit, spec: CrossVit, pixels: str) -> str:
-    """Patches behind the class token, each with its position."""
-    writer, size = vit.writer, spec.tower.hidden_size
-    at = f"{spec.tower.prefix}embeddings."
-    table = vit.weights.array(f"{at}position_embeddings", (1, spec.rows, size))
-    token = vit.weights.array(f"{at}cls_token", (1, 1, size)).astype(np.float32)
-    first = writer.weight("class_token", token + table[:, :1].astype(np.float32))
-    return vit.behind_token(
-        vit.patches(pixels, bias=True), float_weight(writer, "positions", table[:, 1:]), first
-    )
 
 
 def _keys_and_values(vit: Vit, spec: CrossVit, rows: str, layer: int) -> None:

@@ -7,6 +7,7 @@ was opened with gets everything that is not ai.onnx, and says it in its own word
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from exporter.core.blocks import PackedMatrix
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
     from exporter.graphs.writer import GraphWriter
 
 Attributes = Mapping[str, int | float | str | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which keys a position sees, where that is not all up to its own place.
+
+    `place` and `last`: int64 ``[batch, sequence]``, each position's place in its row's text and the last
+    place that it sees, which lies behind its own only behind an empty past. `window`: so many places up
+    to its own, and those behind it; 0 for all.
+    """
+
+    place: str
+    last: str
+    window: int
 
 
 class TextOps(Protocol):
@@ -36,6 +51,7 @@ class TextOps(Protocol):
         queries_keys_values: Sequence[str],
         tables: Sequence[str],
         prefix: str,
+        reach: Reach | None,
     ) -> str:
         """Causal attention with its past and present; see `graphs.texts.TextGraph.attention`."""
         ...

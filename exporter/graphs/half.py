@@ -24,6 +24,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from exporter.core.artifact import write_atomic
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
+from exporter.graphs.texts import ADDED_SCORES
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 CACHED = re.compile(r"(past_key_values|present|cross_key_values)\.\d+\.(key|value)")
@@ -143,6 +144,9 @@ class _Halver:
                 self._names[out] = made.input[0]
                 return
             made.attribute[0].i = HALF
+        if node.op_type == "GroupQueryAttention":
+            # CUDA's kernel is not known to take them; it comes from 1.24 on, where the window alone is right.
+            del made.input[ADDED_SCORES:]
         self._nodes.append(made)
         for place, out in enumerate(node.output):
             if out in self._borders and not CACHED.fullmatch(out):

@@ -9,8 +9,9 @@ from onnx import TensorProto
 
 from exporter.families.task_models.medbridge import PREFIX, BridgedImage
 from exporter.graphs.clip_tower import clip_states
+from exporter.graphs.layers import Projection, Stream
 from exporter.graphs.linear import float_weight
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 
@@ -101,11 +102,10 @@ class _Bridge:
 
     def _attention(self, at: str, x: str, source: str) -> tuple[str, str]:
         """Product of what `x` finds in `source`, and its bias, still to be added."""
-        ops, values, biases = self.ops, [], []
-        for part, seen in (("q_proj", x), ("k_proj", source), ("v_proj", source)):
-            matrix = ops.weights.matrix(f"{at}{part}.weight", self.hidden, self.hidden)
-            values.append(ops.multiply(f"{at}{part}", seen, matrix))
-            biases.append(ops.weights.vector(f"{at}{part}.bias", self.hidden))
-        bias = ops.writer.weight(f"{at}bias", np.concatenate(biases))
-        attended = ops.attend(at.removesuffix("."), values, bias)
+        ops, shape = self.ops, (self.hidden, self.hidden)
+        parts = [
+            Projection(f"{at}{part}_proj", seen, shape, f"{at}{part}_proj")
+            for part, seen in (("q", x), ("k", source), ("v", source))
+        ]
+        attended = ops.attend(at.removesuffix("."), *ops.layers.projected(f"{at}bias", parts))
         return ops.product(f"{at}out_proj", f"{at}out_proj", attended)

@@ -9,9 +9,10 @@ from onnx import TensorProto
 
 from exporter.families.specs.moondream_vision import MoondreamVision
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Stream
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 

@@ -9,12 +9,12 @@ import numpy as np
 from exporter.families.specs.opt import NORM_EPS, POSITION_OFFSET, OptSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Layers, Stream
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import stack_rows
 from exporter.graphs.texts import TextGraph, check_heads
-from exporter.graphs.vit import Stream
 from exporter.graphs.weights import WeightSource
-from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
+from exporter.graphs.writer import GraphWriter, WrittenGraph
 
 QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
 
@@ -46,32 +46,29 @@ class _Decoder:
         self.writer = writer
         self.spec = spec
         self.weights = weights
-        self.accuracy_level = options.accuracy_level
         self.text = TextGraph(writer, spec)
+        level = options.accuracy_level
+        self.layers = Layers(writer, weights, level, NORM_EPS, (spec.prefix,))
 
     def build(self) -> None:
-        spec, logits = self.spec, self.text.logits
+        spec = self.spec
         rows = POSITION_OFFSET + spec.max_positions
         table = self.weights.array(spec.positions, (rows, spec.hidden_size))
         stream = Stream(self.text.placed(table[POSITION_OFFSET:]))
         for layer in range(spec.layers):
             stream = self._block(layer, stream)
-        normed, _ = self._norm(f"{spec.prefix}final_layer_norm", stream, last=True)
-        shared = spec.tied and not self.weights.has(spec.head)
-        name = spec.embedding if shared else spec.head
-        head = self.weights.matrix(name, spec.vocab_size, spec.hidden_size, again=shared)
-        linear(self.writer, "head", normed, head, self.accuracy_level, output=logits)
+        last = f"{spec.prefix}final_layer_norm"
+        normed, _ = self.layers.norm(last, stream, spec.hidden_size, last=True)
+        self.text.head(self.layers, normed)
 
     def _block(self, layer: int, x: Stream) -> Stream:
-        at, name = self.spec.block(layer), f"layers.{layer}"
-        normed, residual = self._norm(f"{at}self_attn_layer_norm", x)
+        at, name, size = self.spec.block(layer), f"layers.{layer}", self.spec.hidden_size
+        normed, residual = self.layers.norm(f"{at}self_attn_layer_norm", x, size)
         attended = self.text.attention(layer, [self._packed(layer, normed), "", ""])
-        if layer == self.spec.layers - 1:
-            # Behind the last attention no position needs another: drop those nobody asked for.
-            attended = self.text.keep("keep_attended", attended)
-            residual = self.text.keep("keep_residual", residual)
+        attended = self.text.wanted(layer, "keep_attended", attended)
+        residual = self.text.wanted(layer, "keep_residual", residual)
         x = Stream(residual, *self._product(layer, "self_attn.out_proj", attended))
-        normed, residual = self._norm(f"{at}final_layer_norm", x)
+        normed, residual = self.layers.norm(f"{at}final_layer_norm", x, size)
         wide = self.writer.node("Add", f"{name}.fc1/add", list(self._product(layer, "fc1", normed)))
         active = self.writer.node("Relu", f"{name}.relu", [wide])
         return Stream(residual, *self._product(layer, "fc2", active))
@@ -80,40 +77,12 @@ class _Decoder:
         """Queries, keys and values behind each other, biases added."""
         at, name, size = self.spec.block(layer), f"layers.{layer}.qkv", self.spec.hidden_size
         parts = [self.weights.matrix(f"{at}{module}.weight", size, size) for module in QKV]
-        product = linear(self.writer, name, x, stack_rows(parts), self.accuracy_level)
+        product = linear(self.writer, name, x, stack_rows(parts), self.layers.accuracy_level)
         biases = [self.weights.vector(f"{at}{module}.bias", size) for module in QKV]
         bias = self.writer.weight(f"{name}.bias", np.concatenate(biases))
         return self.writer.node("Add", f"{name}/bias", [product, bias])
 
-    def _norm(self, tensor: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
-        """Layer norm of the stream's sum, and that sum (which the `last` norm does not give)."""
-        name, size = tensor.removeprefix(self.spec.prefix), self.spec.hidden_size
-        vectors = [self._vector(f"{tensor}.{part}", size) for part in ("weight", "bias")]
-        epsilon = {"epsilon": NORM_EPS}
-        if not x.addition:
-            attributes = {**epsilon, "axis": -1}
-            inputs = [x.residual, *vectors]
-            normed = self.writer.node("LayerNormalization", name, inputs, attributes=attributes)
-            return normed, x.residual
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            "SkipLayerNormalization",
-            name,
-            [x.residual, x.addition, *vectors, x.bias],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
-
     def _product(self, layer: int, module: str, x: str) -> tuple[str, str]:
         """Product with a linear layer of a block, and its bias, still to be added."""
-        rows, columns = self.spec.matrix_shapes()[module]
-        tensor = self.spec.block(layer) + module
-        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns)
-        product = linear(self.writer, f"layers.{layer}.{module}", x, matrix, self.accuracy_level)
-        return product, self._vector(f"{tensor}.bias", rows)
-
-    def _vector(self, tensor: str, size: int) -> str:
-        name = tensor.removeprefix(self.spec.prefix)
-        return self.writer.weight(name, self.weights.vector(tensor, size))
+        shape = self.spec.matrix_shapes()[module]
+        return self.layers.product(self.spec.block(layer) + module, x, shape)

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from exporter.families.specs.phi import PhiSpec
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect
-from exporter.graphs.linear import linear
+from exporter.graphs.layers import Layers, Stream
 from exporter.graphs.rotary import rotary_tables
 from exporter.graphs.texts import TextGraph, check_heads
 from exporter.graphs.weights import WeightSource
@@ -46,9 +46,9 @@ class _Decoder:
     ) -> None:
         self.writer = writer
         self.spec = spec
-        self.weights = weights
-        self.accuracy_level = options.accuracy_level
         self.text = TextGraph(writer, spec)
+        level = options.accuracy_level
+        self.layers = Layers(writer, weights, level, spec.norm_eps, (spec.prefix,))
         self.places = self.text.places()
         cos, sin = rotary_tables(spec.max_positions, spec.rotary_dim, spec.rope_theta)
         self.tables = [writer.weight("rotary.cos", cos), writer.weight("rotary.sin", sin)]
@@ -57,22 +57,19 @@ class _Decoder:
         self.prefix = writer.node("Reshape", "prefix", [prefix, one])
 
     def build(self) -> None:
-        spec, residual, addition = self.spec, self.text.embeds, ""
+        spec, layers, stream = self.spec, self.layers, Stream(self.text.embeds)
         for layer in range(spec.layers):
-            at = f"{spec.prefix}blocks.{layer}."
-            normed, residual = self._norm(f"{at}ln", residual, addition)
+            norm = f"{spec.prefix}blocks.{layer}.ln"
+            normed, residual = layers.norm(norm, stream, spec.hidden_size)
             attended = self._attention(layer, normed)
-            if layer == spec.layers - 1:
-                # Behind the last attention no position needs another: drop those nobody asked for.
-                attended = self.text.keep("keep_attended", attended)
-                residual = self.text.keep("keep_residual", residual)
-                normed = self.text.keep("keep_normed", normed)
-            addition = self._added(layer, normed, attended)
-        normed, _ = self._norm(spec.final_norm, residual, addition, last=True)
-        head = self.weights.matrix(spec.head, spec.vocab_size, spec.hidden_size)
-        product = linear(self.writer, "head", normed, head, self.accuracy_level)
-        bias = self._vector(spec.head_bias, spec.vocab_size)
-        self.writer.node("Add", "head/bias", [product, bias], outputs=[self.text.logits])
+            attended = self.text.wanted(layer, "keep_attended", attended)
+            residual = self.text.wanted(layer, "keep_residual", residual)
+            normed = self.text.wanted(layer, "keep_normed", normed)
+            stream = Stream(residual, self._added(layer, normed, attended))
+        normed, _ = layers.norm(spec.final_norm, stream, spec.hidden_size, last=True)
+        tensor = spec.head.removesuffix(".weight")
+        head = layers.product(tensor, normed, (spec.vocab_size, spec.hidden_size), name="head")
+        self.writer.node("Add", "head/bias", list(head), outputs=[self.text.logits])
 
     def _added(self, layer: int, normed: str, attended: str) -> str:
         """What a block adds to the residual: attention and MLP of the same normed values."""
@@ -120,37 +117,7 @@ class _Decoder:
             attributes=attributes,
         )
 
-    def _norm(
-        self, tensor: str, residual: str, addition: str, *, last: bool = False
-    ) -> tuple[str, str]:
-        """Layer norm of residual + addition, and that sum (which the `last` norm does not give)."""
-        name, size = tensor.removeprefix(self.spec.prefix), self.spec.hidden_size
-        vectors = [self._vector(f"{tensor}.{part}", size) for part in ("weight", "bias")]
-        epsilon = {"epsilon": self.spec.norm_eps}
-        if not addition:
-            attributes = {**epsilon, "axis": -1}
-            inputs = [residual, *vectors]
-            normed = self.writer.node("LayerNormalization", name, inputs, attributes=attributes)
-            return normed, residual
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            "SkipLayerNormalization",
-            name,
-            [residual, addition, *vectors],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
-
     def _product(self, layer: int, module: str, x: str) -> tuple[str, str]:
         """Product with a linear layer of a block, and its bias, still to be added."""
-        rows, columns = self.spec.matrix_shapes()[module]
-        tensor = f"{self.spec.prefix}blocks.{layer}.{module}"
-        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns)
-        product = linear(self.writer, f"blocks.{layer}.{module}", x, matrix, self.accuracy_level)
-        return product, self._vector(f"{tensor}.bias", rows)
-
-    def _vector(self, tensor: str, size: int) -> str:
-        name = tensor.removeprefix(self.spec.prefix)
-        return self.writer.weight(name, self.weights.vector(tensor, size))
+        shape = self.spec.matrix_shapes()[module]
+        return self.layers.product(f"{self.spec.prefix}blocks.{layer}.{module}", x, shape)

@@ -8,6 +8,7 @@ from exporter.families.specs.post_norm import NORM_EPS, PostNormDecoder, PostNor
 from exporter.graphs.attention import attention
 from exporter.graphs.decoder import NAME, DecoderOptions
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Layers, Stream
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import take_rows
 from exporter.graphs.texts import TextGraph, check_heads
@@ -43,6 +44,7 @@ class PostNorm:
         self.sizes = sizes
         self.weights = weights
         self.accuracy_level = accuracy_level
+        self.layers = Layers(writer, weights, accuracy_level, NORM_EPS)
 
     def encoder_layer(self, name: str, x: str) -> str:
         """Attention of all rows to all, then the MLP; `name` has its dot."""
@@ -89,23 +91,12 @@ class PostNorm:
 
     def added(self, name: str, x: str, addition: str, bias: str) -> str:
         """Layer norm of x + addition + bias."""
-        vectors = [self._vector(f"{name}.{p}", self.sizes.hidden_size) for p in ("weight", "bias")]
-        return self.writer.node(
-            "SkipLayerNormalization",
-            name,
-            [x, addition, *vectors, bias],
-            domain=MICROSOFT,
-            attributes={"epsilon": NORM_EPS},
-        )
+        stream = Stream(x, addition, bias)
+        return self.layers.norm(name, stream, self.sizes.hidden_size, last=True)[0]
 
     def product(self, name: str, x: str, outputs: int, inputs: int) -> tuple[str, str]:
         """Product with the linear layer `name`, and its bias, still to be added."""
-        matrix = self.weights.matrix(f"{name}.weight", outputs, inputs)
-        product = linear(self.writer, name, x, matrix, self.accuracy_level)
-        return product, self._vector(f"{name}.bias", outputs)
-
-    def _vector(self, name: str, size: int) -> str:
-        return self.writer.weight(name, self.weights.vector(name, size))
+        return self.layers.product(name, x, (outputs, inputs))
 
 
 class _Decoder:
@@ -120,31 +111,24 @@ class _Decoder:
         self.spec = spec
         self.weights = weights
         self.text = TextGraph(writer, spec)
-        self.layers = PostNorm(writer, spec.sizes, weights, options.accuracy_level)
+        self.blocks = PostNorm(writer, spec.sizes, weights, options.accuracy_level)
 
     def build(self) -> None:
-        spec, logits = self.spec, self.text.logits
-        x = self.text.placed(self.weights.array(spec.positions, self._table(spec.max_positions)))
+        spec = self.spec
+        table = self.weights.array(spec.positions, (spec.max_positions, spec.hidden_size))
+        x = self.text.placed(table)
         for layer in range(spec.layers):
             x = self._layer(layer, x)
-        shared = spec.tied and not self.weights.has(spec.head)
-        name = spec.embedding if shared else spec.head
-        head = self.weights.matrix(name, *self._table(spec.vocab_size), again=shared)
-        linear(self.writer, "head", x, head, self.layers.accuracy_level, output=logits)
+        self.text.head(self.blocks.layers, x)
 
     def _layer(self, layer: int, x: str) -> str:
-        at, layers = self.spec.layer(layer), self.layers
-        packed = layers.projected(f"{at}self_attn.", x, 0, 3)
+        at, blocks = self.spec.layer(layer), self.blocks
+        packed = blocks.projected(f"{at}self_attn.", x, 0, 3)
         attended = self.text.attention(layer, [packed, "", ""])
-        if layer == self.spec.layers - 1:
-            # Behind the last attention no position needs another: drop those nobody asked for.
-            attended = self.text.keep("keep_attended", attended)
-            x = self.text.keep("keep_residual", x)
-        x = layers.added(f"{at}norm1", x, *layers.output(f"{at}self_attn.", attended))
-        queries = layers.projected(f"{at}multihead_attn.", x, 0, 1, again=True)
-        seen = layers.seen(f"{at}multihead_attn.", [queries, *self.text.image(layer)])
-        x = layers.added(f"{at}norm2", x, *layers.output(f"{at}multihead_attn.", seen))
-        return layers.added(f"{at}norm3", x, *layers.mlp(at, x))
-
-    def _table(self, rows: int) -> tuple[int, int]:
-        return rows, self.spec.hidden_size
+        attended = self.text.wanted(layer, "keep_attended", attended)
+        x = self.text.wanted(layer, "keep_residual", x)
+        x = blocks.added(f"{at}norm1", x, *blocks.output(f"{at}self_attn.", attended))
+        queries = blocks.projected(f"{at}multihead_attn.", x, 0, 1, again=True)
+        seen = blocks.seen(f"{at}multihead_attn.", [queries, *self.text.image(layer)])
+        x = blocks.added(f"{at}norm2", x, *blocks.output(f"{at}multihead_attn.", seen))
+        return blocks.added(f"{at}norm3", x, *blocks.mlp(at, x))

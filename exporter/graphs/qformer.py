@@ -10,9 +10,10 @@ from onnx import TensorProto
 
 from exporter.families.specs.blip2_vision import Blip2Vision, QFormer
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Projection, Stream
 from exporter.graphs.linear import float_weight
 from exporter.graphs.tower import NAME
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 
@@ -107,16 +108,14 @@ class _QFormer:
 
     def _attention(self, at: str, x: str, source: str, width: int) -> str:
         """Attention of `x` to `source` (rows of `width`), added to `x`, behind its norm."""
-        values, biases = [], []
+        hidden, parts = self.spec.hidden_size, []
         for part, seen in (("query", x), ("key", source), ("value", source)):
             name = f"{at}attention.{part}"
-            columns = self.spec.hidden_size if part == "query" else width
-            matrix = self.ops.weights.matrix(f"{name}.weight", self.spec.hidden_size, columns)
-            values.append(self.ops.multiply(name, seen, matrix))
-            biases.append(self.ops.weights.vector(f"{name}.bias", self.spec.hidden_size))
-        bias = self.ops.writer.weight(f"{at}attention.bias", np.concatenate(biases))
+            shape = (hidden, hidden if part == "query" else width)
+            parts.append(Projection(name, seen, shape, name))
+        values, bias = self.ops.layers.projected(f"{at}attention.bias", parts)
         attended = self.ops.attend(at.removesuffix("."), values, bias)
-        product = self._product(f"{at}output.dense", attended, self.spec.hidden_size)
+        product = self._product(f"{at}output.dense", attended, hidden)
         return self.ops.norm(f"{at}output.LayerNorm", Stream(x, *product), last=True)[0]
 
     def _product(self, tensor: str, x: str, outputs: int) -> tuple[str, str]:

@@ -15,11 +15,11 @@ from onnx import TensorProto
 from exporter.families.specs.qwen_vision import NORM_EPS, QwenVisionSpec
 from exporter.graphs.attention import attention
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import QUICK_GELU_ALPHA, Layers, Stream
 from exporter.graphs.linear import float_weight, linear
-from exporter.graphs.matrices import Matrix, stack_rows
+from exporter.graphs.matrices import stack_rows
 from exporter.graphs.rotary import AxisRotary, frequencies
 from exporter.graphs.tower import NAME
-from exporter.graphs.vit import QUICK_GELU_ALPHA, Stream
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import MICROSOFT, GraphWriter, WrittenGraph
 
@@ -55,6 +55,7 @@ class _Tower:
         self.spec = spec
         self.weights = weights
         self.accuracy_level = accuracy_level
+        self.layers = Layers(writer, weights, accuracy_level, NORM_EPS, (spec.prefix,))
 
     def build(self) -> None:
         writer, spec = self.writer, self.spec
@@ -100,25 +101,8 @@ class _Tower:
 
     def _norm(self, name: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
         """Norm of the stream's sum, and that sum (which the `last` norm does not give)."""
-        vectors = [self._vector(f"{name}.weight", self.spec.hidden_size)]
-        if not self.spec.gated:
-            vectors.append(self._vector(f"{name}.bias", self.spec.hidden_size))
-        kind = "Simplified" if self.spec.gated else ""
-        epsilon = {"epsilon": NORM_EPS}
-        if not x.addition:
-            op, inputs = f"{kind}LayerNormalization", [x.residual, *vectors]
-            normed = self.writer.node(op, name, inputs, attributes={**epsilon, "axis": -1})
-            return normed, x.residual
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            f"Skip{kind}LayerNormalization",
-            name,
-            [x.residual, x.addition, *vectors, x.bias],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
+        size, gated = self.spec.hidden_size, self.spec.gated
+        return self.layers.norm(self._full(name), x, size, last=last, rms=gated)
 
     def _attention(self, name: str, x: str, *, windowed: bool) -> str:
         writer, size = self.writer, self.spec.hidden_size
@@ -153,7 +137,9 @@ class _Tower:
             return self._product(f"{name}.fc2", active, hidden, inner)
         parts = [f"{name}.{p}_proj" for p in ("gate", "up")]
         biases = [self.weights.vector(self._full(f"{p}.bias"), inner) for p in parts]
-        both = stack_rows([self._matrix(p, inner, hidden) for p in parts])
+        both = stack_rows(
+            [self.weights.matrix(self._full(f"{p}.weight"), inner, hidden) for p in parts]
+        )
         product = linear(self.writer, f"{name}.gate_up", x, both, self.accuracy_level)
         bias = self.writer.weight(f"{name}.gate_up.bias", np.concatenate(biases))
         gate, up = self._split(f"{name}.parts", self._biased(product, bias), 2)
@@ -173,9 +159,7 @@ class _Tower:
 
     def _product(self, name: str, x: str, rows: int, columns: int) -> tuple[str, str]:
         """Product with the matrix `name`, and its bias, still to be added."""
-        matrix = self._matrix(name, rows, columns)
-        product = linear(self.writer, name, x, matrix, self.accuracy_level)
-        return product, self._vector(f"{name}.bias", rows)
+        return self.layers.product(self._full(name), x, (rows, columns))
 
     def _biased(self, product: str, bias: str) -> str:
         return self.writer.node("Add", f"{bias}/add", [product, bias])
@@ -189,12 +173,6 @@ class _Tower:
         attributes = {"axis": -1, "num_outputs": count}
         self.writer.node("Split", name, [x], outputs=outputs, attributes=attributes)
         return outputs
-
-    def _matrix(self, name: str, rows: int, columns: int) -> Matrix:
-        return self.weights.matrix(self._full(f"{name}.weight"), rows, columns)
-
-    def _vector(self, name: str, size: int) -> str:
-        return self.writer.weight(name, self.weights.vector(self._full(name), size))
 
     def _full(self, name: str) -> str:
         return self.spec.prefix + name

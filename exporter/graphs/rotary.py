@@ -48,20 +48,23 @@ class AxisRotary:
 
     Each column of `table` ``[axes, head_dim / 2]`` has one number that is not zero, so that the
     product with the positions is exactly position times frequency. Cosines and sines come once per
-    run as ``[rows, head_dim / 2]``; no table of all positions is stored.
+    run as ``[rows, head_dim / 2]``; no table of all positions is stored. `name`: of its nodes, where a
+    graph has several.
     """
 
-    def __init__(self, writer: GraphWriter, positions: str, table: NDArray[np.float32]) -> None:
+    def __init__(
+        self, writer: GraphWriter, positions: str, table: NDArray[np.float32], name: str = "rotary"
+    ) -> None:
         self._writer, self._half = writer, table.shape[1]
         cast = {"to": TensorProto.FLOAT}
-        floats = writer.node("Cast", "rotary.positions", [positions], attributes=cast)
-        radians = writer.constant("rotary.frequencies", table)
+        floats = writer.node("Cast", f"{name}.positions", [positions], attributes=cast)
+        radians = writer.constant(f"{name}.frequencies", table)
         if writer.dialect is None:
-            angles = writer.node("MatMul", "rotary.angles", [floats, radians])
+            angles = writer.node("MatMul", f"{name}.angles", [floats, radians])
         else:
-            angles = writer.dialect.angles("rotary.angles", floats, radians)
-        self._cos = writer.node("Cos", "rotary.cos", [angles])
-        self._sin = writer.node("Sin", "rotary.sin", [angles])
+            angles = writer.dialect.angles(f"{name}.angles", floats, radians)
+        self._cos = writer.node("Cos", f"{name}.cos", [angles])
+        self._sin = writer.node("Sin", f"{name}.sin", [angles])
 
     def turn(self, name: str, x: str, rows: str, heads: int) -> str:
         """Heads ``[batch, length, heads * head_dim]`` rotated; `rows` int64 ``[batch, length]`` says which

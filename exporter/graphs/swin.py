@@ -17,8 +17,9 @@ from exporter.families.specs.swin import (
     table_name,
     window_order,
 )
+from exporter.graphs.layers import Stream
 from exporter.graphs.linear import float_weight
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter
 

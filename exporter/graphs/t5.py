@@ -12,6 +12,7 @@ from exporter.core.blocks import PackedMatrix
 from exporter.families.specs.gpt2 import cross_names
 from exporter.families.specs.t5 import T5Decoder, T5Encoder, T5Sizes, bias_by_distance
 from exporter.graphs.embedding import table_rows
+from exporter.graphs.layers import Stream, add_norm
 from exporter.graphs.linear import linear
 from exporter.graphs.matrices import Matrix
 from exporter.graphs.weights import WeightSource
@@ -100,22 +101,8 @@ class _T5:
         """RMS norm of x + addition times `factor`, and that sum (not of the `last` norm)."""
         vector = self.weights.vector(f"{name}.weight", self.sizes.hidden_size)
         scale = self.writer.weight(f"{name}.weight", vector * np.float32(factor))
-        epsilon = {"epsilon": self.sizes.norm_eps}
-        if not addition:
-            # onnxruntime registers this contrib op in the standard domain.
-            attributes = {**epsilon, "axis": -1}
-            op = "SimplifiedLayerNormalization"
-            return self.writer.node(op, name, [x, scale], attributes=attributes), x
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            "SkipSimplifiedLayerNormalization",
-            name,
-            [x, addition, scale],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
+        stream, epsilon = Stream(x, addition), self.sizes.norm_eps
+        return add_norm(self.writer, name, stream, [scale], epsilon, last=last)
 
     def projected(self, name: str, x: str, parts: str) -> list[str]:
         """Queries, keys or values of the attention called `name` (with its dot)."""

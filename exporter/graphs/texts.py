@@ -12,14 +12,18 @@ from onnx import TensorProto
 from exporter.core.errors import InputRefused
 from exporter.families.specs.decoder import TextDecoder
 from exporter.families.specs.gpt2 import cross_names
-from exporter.graphs.attention import attention
-from exporter.graphs.dialect import OpenDialect, TextOps
+from exporter.graphs.dialect import OpenDialect, Reach, TextOps
+from exporter.graphs.layers import Layers
+from exporter.graphs.linear import linear
+from exporter.graphs.reach import ReachMasks, first_rows
 from exporter.graphs.writer import MICROSOFT, GraphWriter
 
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
 LAST = np.iinfo(np.int64).max
 # GroupQueryAttention's own bound.
 HEAD_MULTIPLE = 8
+# Number of its input that is added to scores.
+ADDED_SCORES = 10
 
 
 def check_heads(spec: TextDecoder, dialect: OpenDialect | None = None) -> None:
@@ -82,18 +86,37 @@ class TextGraph:
         """The positions of `x` whose logits are asked for."""
         return self._ops.keep(name, x)
 
+    def wanted(self, layer: int, name: str, x: str) -> str:
+        """`x` from behind the attention of `layer`: of the last one, what `keep` keeps, as no position
+        needs another from there on.
+        """
+        return x if layer < self._spec.layers - 1 else self.keep(name, x)
+
+    def head(self, layers: Layers, x: str) -> None:
+        """The logits of `x`: by the head's own matrix where the folder has one, else by the embedding
+        of a tied model.
+        """
+        spec, weights = self._spec, layers.weights
+        shared = spec.tied and not weights.has(spec.head)
+        name = spec.embedding if shared else spec.head
+        matrix = weights.matrix(name, spec.vocab_size, spec.hidden_size, again=shared)
+        linear(self._writer, "head", x, matrix, layers.accuracy_level, output=self.logits)
+
     def attention(
         self,
         layer: int,
         queries_keys_values: Sequence[str],
         tables: Sequence[str] = (),
         prefix: str = "",
+        reach: Reach | None = None,
     ) -> str:
         """Causal attention; one packed value stands first where it holds all three. With `tables`
         (cosines, sines) the op turns queries and keys itself. `prefix` int64 ``[1]``, not with a packed
-        value: so many of the first positions of an empty past see each other both ways.
+        value: so many of the first positions of an empty past see each other both ways. `reach`,
+        neither with a packed value nor with a prefix: which keys are seen, the same values in all
+        layers but for the window.
         """
-        return self._ops.attention(layer, queries_keys_values, tables, prefix)
+        return self._ops.attention(layer, queries_keys_values, tables, prefix, reach)
 
 
 class _SharedBuffers:
@@ -101,6 +124,7 @@ class _SharedBuffers:
 
     def __init__(self, writer: GraphWriter, spec: TextDecoder) -> None:
         self._writer, self._spec = writer, spec
+        self._masks = ReachMasks(writer)
         self._one = writer.constant("one", np.array([1], np.int64))
         self._last = writer.constant("last", np.array([LAST], np.int64))
         self._lengths()
@@ -140,6 +164,7 @@ class _SharedBuffers:
         queries_keys_values: Sequence[str],
         tables: Sequence[str],
         prefix: str,
+        reach: Reach | None,
     ) -> str:
         writer, spec = self._writer, self._spec
         name, parts = f"layers.{layer}.attention", ("key", "value")
@@ -152,10 +177,15 @@ class _SharedBuffers:
         past = [writer.input(f"past_key_values.{layer}.{p}", FLOAT, shape) for p in parts]
         shape[2] = "present_sequence_length"
         present = [writer.output(f"present.{layer}.{p}", FLOAT, shape) for p in parts]
+        inputs = [*queries_keys_values, *past, self._seqlens, self._total, *tables]
+        if reach and reach.window:
+            # Before onnxruntime 1.24 the op's window is one key longer (its pull request 25927): what is
+            # added to the scores hides that one.
+            inputs += [""] * (ADDED_SCORES - len(inputs)) + [self._masks.window(reach)]
         writer.node(
             "GroupQueryAttention",
             name,
-            [*queries_keys_values, *past, self._seqlens, self._total, *tables],
+            inputs,
             domain=MICROSOFT,
             outputs=[f"{name}:0", *present],
             attributes={
@@ -163,22 +193,34 @@ class _SharedBuffers:
                 "kv_num_heads": spec.kv_heads,
                 "scale": float(np.float32(spec.head_dim**-0.5)),
                 "do_rotary": int(bool(tables)),
+                **({"local_window_size": reach.window} if reach and reach.window else {}),
             },
         )
-        causal = f"{name}:0"
-        return self._both_ways(name, queries_keys_values, causal, prefix) if prefix else causal
+        causal, added = f"{name}:0", ""
+        if reach:
+            prefix, added = self._masks.ahead(reach), self._masks.first(reach)
+        if not prefix:
+            return causal
+        return self._both_ways(name, queries_keys_values, causal, prefix, added)
 
     def _both_ways(
-        self, name: str, queries_keys_values: Sequence[str], causal: str, prefix: str
+        self,
+        name: str,
+        queries_keys_values: Sequence[str],
+        causal: str,
+        prefix: str,
+        added: str,
     ) -> str:
-        """Rows of `causal`, the first ones replaced by those of attention without a mask."""
+        """Rows of `causal`, the first ones replaced by those of attention without a mask, or with what
+        is `added` to the scores.
+        """
         writer, spec = self._writer, self._spec
         zero = writer.constant("prefix.zero", np.array([0], np.int64))
         first = [
             writer.node("Slice", f"{name}.first_{part}", [rows, zero, prefix, self._one])
             for part, rows in zip("qkv", queries_keys_values, strict=True)
         ]
-        both = attention(writer, f"{name}.both_ways", first, spec.heads, spec.head_dim)
+        both = first_rows(writer, spec, f"{name}.both_ways", first, added)
         ends = [causal, prefix, self._last, self._one]
         later = writer.node("Slice", f"{name}.later", ends)
         return writer.node("Concat", f"{name}.joined", [both, later], attributes={"axis": 1})

@@ -8,8 +8,8 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.specs.timm_vit import TimmImage
-from exporter.graphs.linear import float_weight
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.layers import Stream
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 
@@ -28,23 +28,14 @@ def write_timm_image(
         vit = Vit(writer, tower, weights, accuracy_level)
         pixels = writer.input("pixel_values", TensorProto.FLOAT, ["images", 3, side, side])
         embeds = writer.output("image_embeds", TensorProto.FLOAT, ["images", spec.output_size])
-        stream = Stream(_embedded(vit, spec, pixels))
+        at = tower.prefix
+        stream = Stream(vit.class_token_and_patches(f"{at}cls_token", f"{at}pos_embed", pixels))
         for layer in range(tower.layers):
             stream = vit.block(layer, stream)
         rows, _ = vit.norm(f"{tower.prefix}norm", stream, last=True)
         matrix = weights.matrix(spec.projection, spec.output_size, tower.hidden_size)
         vit.multiply("projection", _first_row(writer, rows), matrix, output=embeds)
         return writer.finish()
-
-
-def _embedded(vit: Vit, spec: TimmImage, pixels: str) -> str:
-    """Patches behind the class token, each with its position."""
-    writer, at, size = vit.writer, spec.tower.prefix, spec.tower.hidden_size
-    table = vit.weights.array(f"{at}pos_embed", (1, spec.rows, size))
-    token = vit.weights.array(f"{at}cls_token", (1, 1, size)).astype(np.float32)
-    first = writer.weight("class_token", token + table[:, :1].astype(np.float32))
-    rows = vit.patches(pixels, bias=True)
-    return vit.behind_token(rows, float_weight(writer, "positions", table[:, 1:]), first)
 
 
 def _first_row(writer: GraphWriter, rows: str) -> str:

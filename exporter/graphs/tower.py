@@ -11,8 +11,9 @@ from onnx import TensorProto
 
 from exporter.families.base import TowerSpec
 from exporter.graphs.dialect import OpenDialect
+from exporter.graphs.layers import Stream
 from exporter.graphs.linear import float_weight
-from exporter.graphs.vit import Stream, Vit
+from exporter.graphs.vit import Vit
 from exporter.graphs.weights import WeightSource
 from exporter.graphs.writer import GraphWriter, WrittenGraph
 

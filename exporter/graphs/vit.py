@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
 from exporter.families.base import VitSpec
 from exporter.graphs.attention import attention
+from exporter.graphs.layers import Layers, Projection, Stream, activate
 from exporter.graphs.linear import float_weight, linear
 from exporter.graphs.matrices import Matrix
 from exporter.graphs.weights import WeightSource
-from exporter.graphs.writer import MICROSOFT, GraphWriter
-
-# Both ops add a bias first: com.microsoft FastGelu is the tanh form, BiasGelu the erf form.
-ACTIVATION_OPS = {"gelu_pytorch_tanh": "FastGelu", "gelu_new": "FastGelu", "gelu": "BiasGelu"}
-# x * sigmoid(1.702 x), the approximation that CLIP was trained with (arXiv 1606.08415, section 2).
-QUICK_GELU_ALPHA = 1.702
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A residual value and what waits to be added to it: the next norm adds both in the same pass."""
-
-    residual: str
-    addition: str = ""
-    bias: str = ""
+from exporter.graphs.writer import GraphWriter
 
 
 class Vit:
@@ -38,6 +25,8 @@ class Vit:
         self.spec = spec
         self.weights = weights
         self.accuracy_level = accuracy_level
+        prefixes = (spec.prefix, "encoder.")
+        self.layers = Layers(writer, weights, accuracy_level, spec.norm_eps, prefixes)
 
     def patches(self, pixels: str, *, bias: bool) -> str:
         """Rows of the patch convolution of pixels ``[batch, tiles, 3, side, side]``."""
@@ -55,6 +44,17 @@ class Vit:
         rows = self.reshape("patch_rows", patches, [0, spec.hidden_size, spec.patches**2])
         return writer.node("Transpose", "patch_turn", [rows], attributes={"perm": [0, 2, 1]})
 
+    def class_token_and_patches(self, token: str, table: str, pixels: str) -> str:
+        """Patches of `pixels` behind the class token, each with its position: the tensors `token`
+        ``[1, 1, hidden]`` and `table` ``[1, 1 + patches, hidden]``.
+        """
+        size = self.spec.hidden_size
+        stored = self.weights.array(table, (1, self.spec.patches**2 + 1, size))
+        class_token = self.weights.array(token, (1, 1, size)).astype(np.float32)
+        first = self.writer.weight("class_token", class_token + stored[:, :1].astype(np.float32))
+        rows = self.patches(pixels, bias=True)
+        return self.behind_token(rows, float_weight(self.writer, "positions", stored[:, 1:]), first)
+
     def behind_token(self, rows: str, positions: str, first: str) -> str:
         """Rows with `positions` added, and before them the token `first` ``[1, 1, hidden]`` of every tile."""
         writer = self.writer
@@ -70,35 +70,14 @@ class Vit:
         names = self.spec.names
         at, name = f"{self.spec.prefix}{names.blocks}{layer}.", f"layers.{layer}"
         normed, residual = self.norm(f"{at}{names.first_norm}", x)
-        attended = self._attention(name, f"{at}{names.attention}", normed)
+        attended = self.attention(name, f"{at}{names.attention}", normed)
         product = self.product(f"{name}.out_proj", f"{at}{names.attention}{names.out}", attended)
         normed, residual = self.norm(f"{at}{names.second_norm}", Stream(residual, *product))
         return Stream(residual, *self._mlp(name, f"{at}mlp.", normed))
 
     def norm(self, tensor: str, x: Stream, *, last: bool = False) -> tuple[str, str]:
         """Layer norm of the stream's sum, and that sum (which the `last` norm does not give)."""
-        name = self._short(tensor)
-        size = self.spec.hidden_size
-        scale, shift = self.vector(f"{tensor}.weight", size), self.vector(f"{tensor}.bias", size)
-        epsilon = {"epsilon": self.spec.norm_eps}
-        if not x.addition:
-            normed = self.writer.node(
-                "LayerNormalization",
-                name,
-                [x.residual, scale, shift],
-                attributes={**epsilon, "axis": -1},
-            )
-            return normed, x.residual
-        outputs = [f"{name}:0", *([] if last else ["", "", f"{name}:sum"])]
-        self.writer.node(
-            "SkipLayerNormalization",
-            name,
-            [x.residual, x.addition, scale, shift, x.bias],
-            domain=MICROSOFT,
-            outputs=outputs,
-            attributes=epsilon,
-        )
-        return outputs[0], outputs[-1]
+        return self.layers.norm(tensor, x, self.spec.hidden_size, last=last)
 
     def total(self, name: str, x: Stream) -> str:
         """The stream's sum, where no norm follows."""
@@ -109,11 +88,7 @@ class Vit:
 
     def activate(self, name: str, kind: str, x: str, bias: str) -> str:
         """The activation `kind` of x + bias."""
-        if kind == "quick_gelu":
-            biased = self.writer.node("Add", f"{name}/bias", [x, bias])
-            alpha = {"alpha": QUICK_GELU_ALPHA}
-            return self.writer.node("QuickGelu", name, [biased], domain=MICROSOFT, attributes=alpha)
-        return self.writer.node(ACTIVATION_OPS[kind], name, [x, bias], domain=MICROSOFT)
+        return activate(self.writer, name, kind, x, bias)
 
     def product(
         self, name: str, tensor: str, x: str, shape: tuple[int, int] | None = None
@@ -121,9 +96,8 @@ class Vit:
         """Product with the matrix `tensor` (hidden x hidden unless `shape` says otherwise), and its
         bias, still to be added.
         """
-        rows, columns = shape or (self.spec.hidden_size, self.spec.hidden_size)
-        matrix = self.weights.matrix(f"{tensor}.weight", rows, columns)
-        return self.multiply(name, x, matrix), self.vector(f"{tensor}.bias", rows)
+        square = (self.spec.hidden_size, self.spec.hidden_size)
+        return self.layers.product(tensor, x, shape or square, name=name)
 
     def multiply(self, name: str, x: str, matrix: Matrix, *, output: str | None = None) -> str:
         """``x @ matrix.T``; `output` names the result."""
@@ -131,33 +105,31 @@ class Vit:
 
     def vector(self, tensor: str, size: int) -> str:
         """A bias or norm weight as a float32 value."""
-        return self.writer.weight(self._short(tensor), self.weights.vector(tensor, size))
+        return self.layers.vector(tensor, size)
 
     def reshape(self, name: str, x: str, shape: list[int]) -> str:
         """`x` in another shape; -1 and 0 as in ONNX."""
         target = self.writer.constant(f"{name}.shape", np.array(shape, np.int64))
         return self.writer.node("Reshape", name, [x, target])
 
-    def _attention(self, name: str, at: str, x: str) -> str:
-        size = self.spec.hidden_size
-        fused = self.spec.names.fused
-        values, biases = [], []
-        for part in () if fused else "qkv":
-            tensor = f"{at}{part}_proj"
-            matrix = self.weights.matrix(f"{tensor}.weight", size, size)
-            values.append(self.multiply(f"{name}.{part}_proj", x, matrix))
-            biases.append(self.weights.vector(f"{tensor}.bias", size))
-        if fused:
-            tensor, split = f"{at}{fused}", [f"{name}.{part}" for part in "qkv"]
-            matrix = self.weights.matrix(f"{tensor}.weight", 3 * size, size)
-            packed = self.multiply(f"{name}.qkv_proj", x, matrix)
-            parts = {"axis": -1, "num_outputs": 3}
-            self.writer.node("Split", f"{name}.split", [packed], outputs=split, attributes=parts)
-            values, biases = split, [self.weights.vector(f"{tensor}.bias", 3 * size)]
-        bias = self.writer.weight(f"{name}.qkv_proj.bias", np.concatenate(biases))
-        return self.attend(name, values, bias)
+    def attention(self, name: str, at: str, x: str) -> str:
+        """Attention of all rows of a tile to one another; the tensors' names begin with `at`."""
+        size, bias = self.spec.hidden_size, f"{name}.qkv_proj.bias"
+        if not self.spec.names.fused:
+            parts = [
+                Projection(f"{at}{part}_proj", x, (size, size), f"{name}.{part}_proj")
+                for part in "qkv"
+            ]
+            return self.attend(name, *self.layers.projected(bias, parts))
+        tensor, split = f"{at}{self.spec.names.fused}", [f"{name}.{part}" for part in "qkv"]
+        matrix = self.weights.matrix(f"{tensor}.weight", 3 * size, size)
+        packed = self.multiply(f"{name}.qkv_proj", x, matrix)
+        thirds = {"axis": -1, "num_outputs": 3}
+        self.writer.node("Split", f"{name}.split", [packed], outputs=split, attributes=thirds)
+        stored = self.writer.weight(bias, self.weights.vector(f"{tensor}.bias", 3 * size))
+        return self.attend(name, split, stored)
 
-    def attend(self, name: str, values: list[str], bias: str) -> str:
+    def attend(self, name: str, values: Sequence[str], bias: str) -> str:
         """Attention of queries, keys and values ``[tiles, rows, hidden]`` plus their parts of `bias`."""
         heads, width = self.spec.heads, self.spec.hidden_size // self.spec.heads
         return attention(self.writer, f"{name}.attention", [*values, bias], heads, width)
@@ -167,6 +139,3 @@ class Vit:
         wide, bias = self.product(f"{name}.fc1", f"{at}fc1", x, (inner, hidden))
         active = self.activate(f"{name}.gelu", self.spec.activation, wide, bias)
         return self.product(f"{name}.fc2", f"{at}fc2", active, (hidden, inner))
-
-    def _short(self, tensor: str) -> str:
-        return tensor.removeprefix(self.spec.prefix).removeprefix("encoder.")

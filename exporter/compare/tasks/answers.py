@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from exporter.compare.jobs import Scores
-from exporter.compare.quality.distribution import compare_logits
+from exporter.compare.jobs import Scores, compare_kept
 from exporter.compare.tasks.jobs import TaskJob, TaskJobCase, Written, read_task_result
 from exporter.core.artifact import need_space
 from exporter.core.errors import InputRefused
@@ -55,6 +54,7 @@ class Answered:
     seconds: dict[str, list[float]]
     arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
     scale: float | None = None
+    bias: float | None = None
     head: str | None = None
     head_labels: tuple[str, ...] = ()
     entities: list[list[tuple[str, int, int]]] = field(default_factory=list)
@@ -78,7 +78,7 @@ def zero_shot(job: TaskJob, graphs: Graphs, report: Report) -> Answered:
         "labels": whole[: len(prompts)],
         "texts": whole[len(prompts) :],
     }
-    return Answered(dict(clock.seconds), arrays, scale=model.logit_scale)
+    return Answered(dict(clock.seconds), arrays, scale=model.logit_scale, bias=model.logit_bias)
 
 
 def segmentation(job: TaskJob, graphs: Graphs, report: Report) -> Answered:
@@ -175,16 +175,7 @@ class _Logits:
         self, index: int, own: NDArray[np.float32], tokens: list[int], where: str
     ) -> Scores:
         """Scores of a candidate's logits for the same tokens. Raises `InputRefused` naming the case."""
-        try:
-            found = compare_logits(np.load(self._path(index), allow_pickle=False), own, tokens)
-        except ValueError as error:
-            raise InputRefused(f"{where}: {error}") from error
-        return Scores(
-            kl=found.kl.tolist(),
-            agree=found.agree.tolist(),
-            reference_logprob=found.reference_logprob.tolist(),
-            candidate_logprob=found.candidate_logprob.tolist(),
-        )
+        return compare_kept(self._path(index), own, tokens, where)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:06d}.npy"

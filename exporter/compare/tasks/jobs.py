@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare.jobs import Scores
-from exporter.compare.process import explain_end, run_worker
-from exporter.core.artifact import write_atomic
+from exporter.compare.process import RESULT, ask, read_answer
 from exporter.core.digest import sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
@@ -77,8 +76,8 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TaskResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a worker measured; memory as in `compare.jobs.JobResult`, `seconds` of each step per case.
 
-    Arrays are beside it in `ARRAYS`. `scale`: what cosines are multiplied by; `head` and
-    `head_labels`: what a text encoder ends in; `entities`: (type, start, end) per case.
+    Arrays are beside it in `ARRAYS`. `scale`: what cosines are multiplied by, `bias`: what is added
+    then; `head` and `head_labels`: what a text encoder ends in; `entities`: (type, start, end) per case.
     """
 
     job: str
@@ -90,6 +89,7 @@ class TaskResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str]
     seconds: dict[str, list[float]]
     scale: float | None = None
+    bias: float | None = None
     head: str | None = None
     head_labels: tuple[str, ...] = ()
     entities: list[list[tuple[str, int, int]]] = []
@@ -97,33 +97,13 @@ class TaskResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def run_task_job(job: TaskJob, progress: Progress = silent) -> TaskResult:
-    """Run `job` in a fresh process, or return its finished result if this very job was done before.
-
-    Raises the worker's own error class, or `EnvironmentLacks` when it was killed, with its last lines.
-    """
-    folder = Path(job.folder)
-    done = read_task_result(folder)
-    if done is not None and done.job == job.digest:
-        return done
-    (folder / "result.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    request, log = folder / "request.json", folder / "worker.log"
-    write_atomic(request, msgspec.json.encode(job))
-    code = run_worker(
-        WORKER, request, log, threads=job.threads, total=len(job.cases), progress=progress
-    )
-    result = read_task_result(folder)
-    if code != 0 or result is None:
-        raise explain_end(f"the {job.role} process of '{job.name}'", code, log)
-    return result
+    """Run `job` in a fresh process; see `compare.process.ask`."""
+    return ask(WORKER, job, TaskResult, progress)
 
 
 def read_task_result(folder: Path) -> TaskResult | None:
     """A finished result; None when there is none, or one of another version, or a damaged one."""
-    try:
-        return msgspec.json.decode((folder / "result.json").read_bytes(), type=TaskResult)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
+    return read_answer(folder / RESULT, TaskResult)
 
 
 def read_array(folder: Path, name: str) -> NDArray[np.generic]:

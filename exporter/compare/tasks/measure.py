@@ -14,7 +14,9 @@ from exporter.compare.records import Figure
 from exporter.compare.tasks.jobs import TaskJobCase, TaskResult
 from exporter.compare.tasks.records import LabelRow, TaskAnswer, Unit
 from exporter.compare.verdict import Quantity
+from exporter.core.digest import sha256_bytes
 from exporter.core.errors import InputRefused
+from exporter.core.text_cases import TextCase
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ class Annotation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     labels: dict[str, bool] = {}
     masks: dict[str, str] = {}
+
+
+def text_job_cases(cases: Sequence[TextCase]) -> tuple[TaskJobCase, ...]:
+    """Texts as a worker gets them."""
+    return tuple(TaskJobCase(c.id, sha256_bytes(c.text.encode()), text=c.text) for c in cases)
 
 
 def read_annotations(path: Path) -> dict[str, Annotation]:

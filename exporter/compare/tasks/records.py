@@ -143,17 +143,11 @@ class TaskComparison(Record, frozen=True):
 
     def gate(self, name: str) -> TaskGateReport:
         """The verdict on the candidate called `name`. Raises KeyError."""
-        for gate in self.gates:
-            if gate.candidate == name:
-                return gate
-        raise KeyError(name)
+        return {gate.candidate: gate for gate in self.gates}[name]
 
     def row(self, name: str) -> TaskRow:
         """The row called `name`. Raises KeyError."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        return {row.name: row for row in self.rows}[name]
 
     def to_text(self) -> str:
         """One screen: verdicts, table, notes; no trailing newline."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exporter.compare import html
-from exporter.compare.candidates import NOISE_FLOOR
+from exporter.compare.report_parts import (
+    document,
+    lineage_list,
+    release_form,
+    sizes_table,
+    verdict_section,
+)
 from exporter.compare.tasks.records import TaskCase, TaskComparison
 from exporter.compare.tasks.table import figure_rows
 from exporter.compare.tasks.wording import (
@@ -16,17 +21,15 @@ from exporter.compare.tasks.wording import (
     candidates_of,
     ordered,
     shown,
-    shown_gates,
     smoke_note,
 )
 from exporter.compare.wording import (
     DASH,
-    bound_text,
     megabytes,
     number,
     percent,
+    shown_gates,
     small,
-    verdict_lines,
 )
 
 # Cases of each candidate that are shown one by one.
@@ -47,24 +50,17 @@ def render_task_report(c: TaskComparison, lineage: Mapping[str, Any], pictures: 
     `pictures`: drawn cases by candidate and case id; other cases show their image.
     """
     bodies = [
-        ("verdict", "Verdict", _verdict(c)),
+        ("verdict", "Verdict", verdict_section(shown_gates(c.gates))),
         ("summary", "Summary", _summary(c)),
         ("changed", "What changed", _changed(c, pictures)),
         ("labels", "By kind and label", _labels(c)),
         ("speed", "Speed, memory and size", _speed(c)),
         ("method", "How each figure was measured", html.definitions(c.method.items())),
-        ("lineage", "Where it comes from", html.definitions(_lineage(c, lineage))),
-        ("release", "For the person who signs", _release()),
+        ("lineage", "Where it comes from", lineage_list(lineage, c.rows, c.machine)),
+        ("release", "For the person who signs", release_form("cases", BLANKS)),
     ]
     sections = [(anchor, title, body) for anchor, title, body in bodies if body]
-    links = "".join(f'<li><a href="#{a}">{html.text(t)}</a></li>' for a, t, _ in sections)
-    title = f"{TITLES[c.task]}: comparison with {c.reference}"
-    head = (
-        f"<header><h1>{html.text(title)}</h1>\n<p>{html.text(c.summary)}</p></header>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>\n'
-    )
-    parts = "".join(html.section(*section) for section in sections)
-    return html.page(title, f"{head}{parts}</main>\n")
+    return document(f"{TITLES[c.task]}: comparison with {c.reference}", c.summary, sections)
 
 
 def shown_cases(c: TaskComparison, name: str) -> list[TaskCase]:
@@ -72,30 +68,6 @@ def shown_cases(c: TaskComparison, name: str) -> list[TaskCase]:
     moved = [x for x in c.cases if x.answers[name].changes or x.answers[name].distance > 0]
     moved.sort(key=lambda x: (not x.answers[name].changes, -x.answers[name].distance))
     return moved[:SHOWN]
-
-
-def _verdict(c: TaskComparison) -> str:
-    parts = []
-    for gate in shown_gates(c):
-        css = {"PASS": "none", "FAIL": "flipped"}.get(gate.verdict, "lost")
-        first, *rest = verdict_lines(gate)
-        parts.append(f'<p class="{css}">{html.text(first)}</p>\n')
-        items = "".join(f"<li>{html.text(x.strip())}</li>" for x in rest)
-        parts.append(f"<ul>{items}</ul>\n")
-        rows = [
-            (q.name, str(q.verdict), q.said, bound_text(q), str(q.images), str(q.patients),
-             str(q.needed or DASH), q.method)
-            for q in gate.quantities
-        ]  # fmt: skip
-        rows += [
-            (name, DASH, f"not measured: {why}", DASH, DASH, DASH, DASH, DASH)
-            for name, why in gate.not_measured.items()
-        ]
-        header = ("quantity", "verdict", "seen", "one-sided 95 % bounds and margin", c.unit,
-                  "patients", f"{c.unit} needed", "method")  # fmt: skip
-        title = f"Gated quantities of {gate.candidate}, likeliest cause first"
-        parts.append(html.table(title, header, rows, words=4))
-    return "".join(parts)
 
 
 def _summary(c: TaskComparison) -> str:
@@ -198,31 +170,4 @@ def _speed(c: TaskComparison) -> str:
     ]  # fmt: skip
     header = ("model", "step", "median ms", "p90 ms", "spread", "runs", "load ms", "peak MB")
     said = html.table("Medians; p90 only from 64 runs", header, cells, words=2) if cells else ""
-    parts = sorted({p for row in c.rows for p in row.parts})
-    sizes = [
-        (row.name, *(megabytes(row.parts.get(p)) for p in parts), megabytes(row.bytes))
-        for row in c.rows
-        if row.name != NOISE_FLOOR
-    ]
-    return said + html.table("Megabytes on disk by part", ("model", *parts, "all"), sizes)
-
-
-def _lineage(c: TaskComparison, lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
-    models = [(f"model {r.name}", r.model_sha256) for r in c.rows if r.name != NOISE_FLOOR]
-    versions = [(f"libraries ({r.name})", r.versions) for r in c.rows[:1]]
-    rows: Sequence[tuple[str, Any]] = [
-        *lineage.items(), *models, *versions, ("machine", c.machine),
-    ]  # fmt: skip
-    return [
-        (k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str))
-        for k, v in rows
-    ]
-
-
-def _release() -> str:
-    blanks = "".join(f"<dt>{b}</dt><dd><span class=blank>&nbsp;</span></dd>\n" for b in BLANKS)
-    return (
-        "<p>These figures say how far a model moved from its reference on the cases named above. "
-        "They are no claim of clinical performance or of conformity with any regulation.</p>\n"
-        f'<dl class="method">{blanks}</dl>\n'
-    )
+    return said + sizes_table(c.rows)

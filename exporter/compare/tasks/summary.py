@@ -20,10 +20,9 @@ from exporter.compare.quality.rouge import rouge1, rouge_l
 from exporter.compare.records import Figure
 from exporter.compare.tasks.jobs import TaskJobCase, TaskResult, Written
 from exporter.compare.tasks.linear import Paired, figure, means, plain
-from exporter.compare.tasks.measure import Draw, Measured, Subject
+from exporter.compare.tasks.measure import Draw, Measured, Subject, text_job_cases
 from exporter.compare.tasks.records import TaskAnswer, Unit
 from exporter.compare.verdict import Quantity
-from exporter.core.digest import sha256_bytes
 from exporter.core.errors import InputRefused
 from exporter.core.text_cases import TextCase
 
@@ -51,9 +50,7 @@ class SummaryMeasure:
 
     def job_cases(self) -> tuple[TaskJobCase, ...]:
         """The texts as they are."""
-        return tuple(
-            TaskJobCase(c.id, sha256_bytes(c.text.encode()), text=c.text) for c in self._cases
-        )
+        return text_job_cases(self._cases)
 
     def read(self, result: TaskResult, folder: Path) -> list[Written]:
         """The summaries of a worker. Raises `InputRefused` when they are of other texts."""

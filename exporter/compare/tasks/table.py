@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import textwrap
 
+from exporter.compare.table import WIDTH, verdict_text
 from exporter.compare.tasks.records import TaskComparison, TaskRow
 from exporter.compare.tasks.wording import (
     candidates_of,
     ordered,
     shown,
-    shown_gates,
     smoke_note,
 )
-from exporter.compare.wording import DASH, megabytes, number, verdict_lines
-
-WIDTH = 100
+from exporter.compare.wording import DASH, megabytes, number, shown_gates
 
 
 def task_table(c: TaskComparison) -> str:
@@ -22,17 +20,12 @@ def task_table(c: TaskComparison) -> str:
 
     Models beyond what the width holds are named; all are in compare.json.
     """
-    lines = []
-    for gate in shown_gates(c):
-        for line in verdict_lines(gate):
-            more = "    " if line.startswith(" ") else "  "
-            lines += textwrap.wrap(line, WIDTH, subsequent_indent=more)
+    lines = verdict_text(shown_gates(c.gates)) or [""]
     body = figure_rows(c)
     widths = [max(len(row[i]) for row in body) for i in range(len(body[0]))]
     fitting = 1
     while fitting < len(widths) and sum(widths[: fitting + 1]) + 2 * fitting <= WIDTH:
         fitting += 1
-    lines.append("")
     for index, row in enumerate(body):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(w) for cell, w in zip(row[1:fitting], widths[1:], strict=False)]

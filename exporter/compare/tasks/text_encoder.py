@@ -15,11 +15,10 @@ from exporter.compare.records import Figure
 from exporter.compare.tasks.entities import Spans, entity_figures
 from exporter.compare.tasks.jobs import TaskJobCase, TaskResult, read_array
 from exporter.compare.tasks.linear import Paired, auroc_values, figure, less, means, plain
-from exporter.compare.tasks.measure import Draw, Measured, Subject
+from exporter.compare.tasks.measure import Draw, Measured, Subject, text_job_cases
 from exporter.compare.tasks.records import LabelRow, TaskAnswer, Unit
 from exporter.compare.verdict import Quantity
 from exporter.compare.wording import percent
-from exporter.core.digest import sha256_bytes
 from exporter.core.errors import InputRefused
 from exporter.core.text_cases import TextCase
 from exporter.runtimes.tasks.zero_shot import unit_rows
@@ -56,9 +55,7 @@ class TextEncoderMeasure:
 
     def job_cases(self) -> tuple[TaskJobCase, ...]:
         """The texts as they are."""
-        return tuple(
-            TaskJobCase(c.id, sha256_bytes(c.text.encode()), text=c.text) for c in self._cases
-        )
+        return text_job_cases(self._cases)
 
     def read(self, result: TaskResult, folder: Path) -> Encoded:
         """What a worker left. Raises `InputRefused`."""

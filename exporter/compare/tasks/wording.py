@@ -10,7 +10,7 @@ from exporter.compare.passes import noise_floor_threads
 from exporter.compare.records import Figure
 from exporter.compare.statistics import RESAMPLES, SEED
 from exporter.compare.tasks.jobs import TaskResult
-from exporter.compare.tasks.records import TaskComparison, TaskGateReport, TaskRow
+from exporter.compare.tasks.records import TaskComparison, TaskRow
 from exporter.compare.verdict import ENOUGH_IMAGES
 from exporter.compare.wording import DASH, small
 
@@ -51,12 +51,6 @@ def _digits(value: float, *, signed: bool) -> str:
         return f"1 - {small(1 - value)}"
     text = f"{value:.0f}" if value == round(value) and abs(value) > 1 else f"{value:.4f}"
     return f"+{text}" if signed and value >= 0 else text
-
-
-def shown_gates(comparison: TaskComparison) -> list[TaskGateReport]:
-    """The verdicts on the candidates; where there is none, the one on the reference's repetition."""
-    candidates = [g for g in comparison.gates if g.candidate != NOISE_FLOOR]
-    return candidates or list(comparison.gates)
 
 
 def candidates_of(comparison: TaskComparison) -> list[TaskRow]:

@@ -16,22 +16,16 @@ import msgspec
 import numpy as np
 
 from exporter.compare.memory import peak_rss, reset_peak, unique_bytes
+from exporter.compare.process import RESULT, serve
 from exporter.compare.tasks.answers import ANSWERS, Answered
 from exporter.compare.tasks.jobs import ARRAYS, TaskJob, TaskJobCase, TaskResult
 from exporter.core.artifact import write_atomic
-from exporter.core.errors import MedexportError
 from exporter.runtimes.graphs import Graphs, OrtGraphs
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the request in the file named by the one argument; returns the exit code."""
-    try:
-        job = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=TaskJob)
-        run(job)
-    except MedexportError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    return 0
+    return serve(arguments, TaskJob, run)
 
 
 def run(job: TaskJob) -> None:
@@ -61,6 +55,7 @@ def answer(job: TaskJob, graphs: Graphs, start: float) -> TaskResult:
         | {name: version(name) for name in ("onnxruntime", "numpy")},
         seconds=found.seconds,
         scale=found.scale,
+        bias=found.bias,
         head=found.head,
         head_labels=found.head_labels,
         entities=found.entities,
@@ -70,7 +65,7 @@ def answer(job: TaskJob, graphs: Graphs, start: float) -> TaskResult:
     partial = folder / f"partial-{ARRAYS}"
     np.savez(partial, **found.arrays)  # type: ignore[arg-type]  # its stub takes names for options
     partial.replace(folder / ARRAYS)
-    write_atomic(folder / "result.json", msgspec.json.encode(result))
+    write_atomic(folder / RESULT, msgspec.json.encode(result))
     return result
 
 

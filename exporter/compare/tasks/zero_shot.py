@@ -26,7 +26,7 @@ from exporter.compare.tasks.linear import (
 from exporter.compare.tasks.measure import Annotation, Draw, Measured, Subject
 from exporter.compare.tasks.records import LabelRow, TaskAnswer, Unit
 from exporter.compare.verdict import Quantity
-from exporter.compare.wording import percent
+from exporter.compare.wording import percent, small
 from exporter.core.cases import Case
 from exporter.core.digest import sha256_file
 from exporter.core.errors import InputRefused
@@ -43,12 +43,15 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Embedded:
-    """What one model gives: unit vectors of images, label texts and captions."""
+    """What one model gives: unit vectors of images, label texts and captions; `bias` as in
+    `runtimes.tasks.zero_shot.label_scores`.
+    """
 
     images: NDArray[np.float32]
     labels: NDArray[np.float32]
     captions: NDArray[np.float32]
     scale: float
+    bias: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class ZeroShotMeasure:
             np.asarray(read_array(folder, name), dtype=np.float32)
             for name in ("images", "labels", "texts")
         )
-        return Embedded(images, labels, texts, result.scale or 1.0)
+        return Embedded(images, labels, texts, result.scale or 1.0, result.bias)
 
     def measure(self, own: Embedded, base: Embedded, gate: TaskGate) -> Measured:
         """All figures, differences and quantities of one model."""
@@ -141,8 +144,11 @@ class ZeroShotMeasure:
         return {
             "cosine": "between each model's vector and the reference's for the same image or text",
             "labels": (
-                "modalities: softmax over all of the set; a finding: softmax over it and its "
-                f"denial ('no ...'), as CheXzero does (Tiu et al. 2022). {FINDINGS_METHOD}"
+                "modalities: softmax over all of the set, or, where the model has a bias of the score "
+                "(SigLIP, Zhai et al. 2023), the sigmoid of each by itself, of which the largest "
+                "counts; a finding: softmax over it and its denial ('no ...'), as CheXzero does (Tiu "
+                "et al. 2022), in which that bias would cancel: the likelier of both statements. "
+                f"{FINDINGS_METHOD}"
             ),
             "auroc": (
                 "area under the ROC curve of each label against the rest, ties half, and its mean "
@@ -158,16 +164,17 @@ class ZeroShotMeasure:
 
     def _decide(self, said: Embedded) -> Decided:
         count = len(self._truth.modalities)
-        modality = label_scores(said.images, said.labels[:count], said.scale) if count else None
+        none = np.zeros((len(said.images), 0))
+        modality = none
+        if count:
+            modality = label_scores(said.images, said.labels[:count], said.scale, said.bias)
         rest = said.labels[count:]
+        # A statement and its denial share one probability, bias or none.
         pairs = [
             label_scores(said.images, rest[2 * i : 2 * i + 2], said.scale)[:, 0]
             for i in range(len(rest) // 2)
         ]
-        none = np.zeros((len(said.images), 0))
-        return Decided(
-            none if modality is None else modality, np.stack(pairs, 1) if pairs else none
-        )
+        return Decided(modality, np.stack(pairs, 1) if pairs else none)
 
     def _modality_quantity(self, own: Decided, base: Decided, gate: TaskGate) -> Quantity | str:
         if not self._truth.modalities:
@@ -281,8 +288,10 @@ class ZeroShotMeasure:
                 for name, a, b in zip(names, now, before, strict=True)
                 if a[i] != b[i]
             )
-            said = [f"{m} {percent(p)}" for m, p in
-                    zip(self._truth.modalities, own.modality[i], strict=True) if p >= 0.1]  # fmt: skip
+            # Scored by itself, even the likeliest may have a small probability.
+            least = min(0.1, own.modality[i].max(initial=0.0))
+            said = [f"{m} {percent(p) if p >= 0.1 else small(p)}" for m, p in
+                    zip(self._truth.modalities, own.modality[i], strict=True) if p >= least]  # fmt: skip
             said += [f"{f} {percent(p)}" for f, p in
                      zip(self._truth.findings, own.findings[i], strict=True) if p > 0.5]  # fmt: skip
             answers.append(TaskAnswer(", ".join(said), changes, moved, {"cosine": 1 - moved}))

@@ -27,7 +27,8 @@ from exporter.families.prompts.prefix import PrefixPreparer, read_prefix_prepare
 from exporter.families.prompts.textfiles import read_image_settings
 from exporter.families.shapes.cnn_transformer import cnn_transformer
 from exporter.families.specs.densenet import DenseNetSpec
-from exporter.families.specs.post_norm import PostNormDecoder, PostNormSizes, linear_tensors
+from exporter.families.specs.layers import linear_tensors
+from exporter.families.specs.post_norm import PostNormDecoder, PostNormSizes
 
 if TYPE_CHECKING:
     import torch

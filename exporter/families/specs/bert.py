@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.families.base import BIAS, POSITIONS, Feed, TensorSpec, norm_tensors
+from exporter.families.base import POSITIONS, Feed, TensorSpec, norm_tensors
+from exporter.families.specs.layers import linear_tensors
 
 TYPES = "token types: added, not multiplied"
 
@@ -112,10 +113,10 @@ class BertSpec:
         for layer in range(self.layers):
             at = self.block(layer)
             for part in (names.query, names.key, names.value, names.out):
-                yield from linear_tensors(at + part, hidden, hidden)
+                yield from linear_tensors(at + part, hidden, hidden, "decoder")
             yield from norm_tensors(at + names.first_norm, hidden)
-            yield from linear_tensors(at + names.up, inner, hidden)
-            yield from linear_tensors(at + names.down, hidden, inner)
+            yield from linear_tensors(at + names.up, inner, hidden, "decoder")
+            yield from linear_tensors(at + names.down, hidden, inner, "decoder")
             yield from norm_tensors(at + names.second_norm, hidden)
 
     def example_feeds(self, rng: np.random.Generator, *, types: bool) -> Iterator[Feed]:
@@ -147,8 +148,8 @@ class HeadSpec:
     def tensors(self, hidden: int) -> Iterator[TensorSpec]:
         """Its one or two linear layers."""
         if self.dense:
-            yield from linear_tensors(self.dense, hidden, hidden)
-        yield from linear_tensors("classifier", self.labels, hidden)
+            yield from linear_tensors(self.dense, hidden, hidden, "decoder")
+        yield from linear_tensors("classifier", self.labels, hidden, "decoder")
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,3 @@ class TextEncoderSpec:
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random texts of two shapes, one of them with padding."""
         return self.bert.example_feeds(rng, types=bool(self.bert.names.types))
-
-
-def linear_tensors(name: str, outputs: int, inputs: int) -> Iterator[TensorSpec]:
-    """Weight and bias of a linear layer that sees text."""
-    yield TensorSpec(f"{name}.weight", (outputs, inputs), "decoder")
-    yield TensorSpec(f"{name}.bias", (outputs,), reason=BIAS)

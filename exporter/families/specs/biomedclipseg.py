@@ -26,7 +26,8 @@ from exporter.families.specs.clipseg import (
     mask_decoder,
     state_names,
 )
-from exporter.families.specs.timm_vit import NAMES, TimmImage, example_images
+from exporter.families.specs.examples import example_images
+from exporter.families.specs.timm_vit import NAMES, TimmImage
 from exporter.families.task_models.bert import bert_spec
 from exporter.families.task_models.biomedclip import image_spec
 

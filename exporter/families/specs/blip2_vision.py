@@ -10,9 +10,6 @@ import numpy as np
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import (
-    BIAS,
-    PATCHES,
-    POSITIONS,
     Feed,
     TensorSpec,
     VitNames,
@@ -20,7 +17,12 @@ from exporter.families.base import (
     norm_tensors,
 )
 from exporter.families.config import choice, count, flag, positive, section
-from exporter.families.specs.clip_tower import CLASS_TOKEN
+from exporter.families.specs.examples import example_tiles
+from exporter.families.specs.layers import (
+    class_token_and_patch_tensors,
+    fused_block_shapes,
+    linear_tensors,
+)
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 QUERIES = "learned queries: few bytes, added, not multiplied"
@@ -72,11 +74,13 @@ class QFormer:
             for name, width in self.attentions(i).items():
                 for part in ("query", "key", "value"):
                     columns = hidden if part == "query" else width
-                    yield from linear_tensors(f"{at}{name}.attention.{part}", hidden, columns)
-                yield from linear_tensors(f"{at}{name}.output.dense", hidden, hidden)
+                    yield from linear_tensors(
+                        f"{at}{name}.attention.{part}", hidden, columns, "vision"
+                    )
+                yield from linear_tensors(f"{at}{name}.output.dense", hidden, hidden, "vision")
                 yield from norm_tensors(f"{at}{name}.output.LayerNorm", hidden)
-            yield from linear_tensors(f"{at}intermediate_query.dense", inner, hidden)
-            yield from linear_tensors(f"{at}output_query.dense", hidden, inner)
+            yield from linear_tensors(f"{at}intermediate_query.dense", inner, hidden, "vision")
+            yield from linear_tensors(f"{at}output_query.dense", hidden, inner, "vision")
             yield from norm_tensors(f"{at}output_query.LayerNorm", hidden)
 
 
@@ -103,41 +107,27 @@ class Blip2Vision:
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of tower, queries, Q-Former and projection."""
         tower = self.tower
-        hidden, side, at = tower.hidden_size, tower.patch_size, f"{tower.prefix}embeddings."
-        yield TensorSpec(f"{at}class_embedding", (1, 1, hidden), reason=CLASS_TOKEN)
-        yield TensorSpec(f"{at}position_embedding", (1, self.rows, hidden), reason=POSITIONS)
-        yield TensorSpec(f"{at}patch_embedding.weight", (hidden, 3, side, side), reason=PATCHES)
-        yield TensorSpec(f"{at}patch_embedding.bias", (hidden,), reason=BIAS)
-        shapes = {
-            "self_attn.qkv": (3 * hidden, hidden),
-            "self_attn.projection": (hidden, hidden),
-            "mlp.fc1": (tower.intermediate_size, hidden),
-            "mlp.fc2": (hidden, tower.intermediate_size),
-        }
+        hidden, inner, at = tower.hidden_size, tower.intermediate_size, f"{tower.prefix}embeddings."
+        token, table = f"{at}class_embedding", f"{at}position_embedding"
+        yield from class_token_and_patch_tensors(token, table, tower)
+        shapes = fused_block_shapes(hidden, inner, "self_attn.qkv", "self_attn.projection")
         for i in range(tower.layers):
             layer = f"{tower.prefix}encoder.layers.{i}."
             for name, shape in shapes.items():
-                yield from linear_tensors(layer + name, *shape)
+                yield from linear_tensors(layer + name, *shape, "vision")
             yield from norm_tensors(f"{layer}layer_norm1", hidden)
             yield from norm_tensors(f"{layer}layer_norm2", hidden)
         yield from norm_tensors(f"{tower.prefix}post_layernorm", hidden)
         queries = (1, self.qformer.queries, self.qformer.hidden_size)
         yield TensorSpec(self.query_tokens, queries, reason=QUERIES)
         yield from self.qformer.tensors()
-        yield from linear_tensors(self.projection, self.output_size, self.qformer.hidden_size)
+        yield from linear_tensors(
+            self.projection, self.output_size, self.qformer.hidden_size, "vision"
+        )
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random images, alone and in a batch of two."""
-        side = self.tower.image_size
-        for batch in (1, 2):
-            shape = (batch, 1, 3, side, side)
-            yield {"pixel_values": rng.uniform(-1, 1, shape).astype(np.float32)}
-
-
-def linear_tensors(name: str, outputs: int, inputs: int) -> Iterator[TensorSpec]:
-    """Weight and bias of a linear layer of the vision part called `name`."""
-    yield TensorSpec(f"{name}.weight", (outputs, inputs), "vision")
-    yield TensorSpec(f"{name}.bias", (outputs,), reason=BIAS)
+        return example_tiles(self.tower.image_size, rng)
 
 
 def blip2_vision(config: Mapping[str, Any], output_size: int) -> Blip2Vision:

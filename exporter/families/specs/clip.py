@@ -15,18 +15,11 @@ import numpy as np
 from exporter.core.errors import InputRefused
 from exporter.families.base import POSITIONS, Feed, TensorSpec, block_tensors, norm_tensors
 from exporter.families.config import choice, count, positive, section
-from exporter.families.specs.clip_tower import ACTIVATIONS, ClipTower, clip_tower
+from exporter.families.specs.clip_tower import ACTIVATIONS, VISION_SIZES, ClipTower, clip_tower
+from exporter.families.specs.examples import example_images
 
 SCALE = "temperature: one number"
-# Defaults of CLIPVisionConfig and CLIPTextConfig.
-VISION_SIZES = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
+# Defaults of CLIPTextConfig.
 TEXT_SIZES = {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -118,10 +111,7 @@ class ClipImage:
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random images, alone and in a batch of two."""
-        side = self.tower.image_size
-        for batch in (1, 2):
-            pixels = rng.uniform(-1, 1, (batch, 3, side, side))
-            yield {"pixel_values": pixels.astype(np.float32)}
+        return example_images(self.tower.image_size, rng)
 
 
 def clip_text(config: Mapping[str, Any], prefix: str = "") -> ClipText:

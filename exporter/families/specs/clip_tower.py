@@ -19,10 +19,19 @@ from exporter.families.base import (
     norm_tensors,
 )
 from exporter.families.config import choice, count, positive
+from exporter.families.specs.layers import CLASS_TOKEN
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-CLASS_TOKEN = "class token: added, not multiplied"  # noqa: S105 (no secret)
 UNUSED = "not used: features are taken before it"
+# What CLIPVisionConfig puts where vision_config has no key.
+VISION_SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,11 @@ from exporter.families.base import (
 from exporter.families.config import count, flag
 from exporter.families.specs.clip import (
     PROJECTION_SIZE,
-    VISION_SIZES,
     ClipText,
     clip_section,
     clip_text,
 )
-from exporter.families.specs.clip_tower import ClipTower, clip_tower
+from exporter.families.specs.clip_tower import VISION_SIZES, ClipTower, clip_tower
 
 CLIP, DECODER = "clip.", "decoder."
 EXTRACT = (3, 6, 9)

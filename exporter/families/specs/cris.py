@@ -14,11 +14,16 @@ from typing import Any
 import numpy as np
 
 from exporter.core.errors import InputRefused
-from exporter.families.base import BIAS, POSITIONS, Feed, Role, TensorSpec, norm_tensors
+from exporter.families.base import BIAS, POSITIONS, Feed, TensorSpec, norm_tensors
 from exporter.families.config import count
 from exporter.families.images.clip import MEAN, STD
 from exporter.families.specs.clipseg import UNUSED_SCALE
-from exporter.families.specs.densenet import CONVOLUTION, STATISTICS
+from exporter.families.specs.layers import (
+    attention_tensors,
+    batch_norm_tensors,
+    convolution_tensor,
+    linear_tensors,
+)
 
 MODEL_TYPE, CLASS = "cris", "CRIS"
 # Of checkpoints of several GPUs, as the code saves them.
@@ -49,30 +54,6 @@ SIZES = {
     "num_head": 8,
     "dim_ffn": 2048,
 }
-
-
-def conv_tensor(name: str, outputs: int, inputs: int, side: int) -> TensorSpec:
-    """The kernel of a convolution."""
-    return TensorSpec(f"{name}.weight", (outputs, inputs, side, side), reason=CONVOLUTION)
-
-
-def batch_norm_tensors(name: str, size: int) -> Iterator[TensorSpec]:
-    """Weight, bias, mean and variance of a batch norm."""
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield TensorSpec(f"{name}.{part}", (size,), reason=STATISTICS)
-
-
-def linear_tensors(name: str, outputs: int, inputs: int, role: Role) -> Iterator[TensorSpec]:
-    """A linear layer with its bias."""
-    yield TensorSpec(f"{name}.weight", (outputs, inputs), role)
-    yield TensorSpec(f"{name}.bias", (outputs,), reason=BIAS)
-
-
-def attention_tensors(name: str, width: int, role: Role) -> Iterator[TensorSpec]:
-    """The MultiheadAttention of torch, whose queries, keys and values are one matrix."""
-    yield TensorSpec(f"{name}.in_proj_weight", (3 * width, width), role)
-    yield TensorSpec(f"{name}.in_proj_bias", (3 * width,), reason=BIAS)
-    yield from linear_tensors(f"{name}.out_proj", width, width, role)
 
 
 @dataclass(frozen=True)
@@ -130,7 +111,7 @@ class Convolved:
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Kernel and statistics."""
-        yield conv_tensor(f"{self.name}.0", self.outputs, self.inputs, self.side)
+        yield convolution_tensor(f"{self.name}.0", self.outputs, self.inputs, self.side)
         yield from batch_norm_tensors(f"{self.name}.1", self.outputs)
 
 
@@ -157,10 +138,10 @@ class Bottleneck:
         """Kernels and statistics."""
         shapes = ((self.planes, self.inputs, 1), (self.planes, self.planes, 3))
         for i, (outputs, inputs, side) in enumerate((*shapes, (self.outputs, self.planes, 1)), 1):
-            yield conv_tensor(f"{self.name}conv{i}", outputs, inputs, side)
+            yield convolution_tensor(f"{self.name}conv{i}", outputs, inputs, side)
             yield from batch_norm_tensors(f"{self.name}bn{i}", outputs)
         if self.downsampled:
-            yield conv_tensor(f"{self.name}downsample.0", self.outputs, self.inputs, 1)
+            yield convolution_tensor(f"{self.name}downsample.0", self.outputs, self.inputs, 1)
             yield from batch_norm_tensors(f"{self.name}downsample.1", self.outputs)
 
 
@@ -205,7 +186,7 @@ class CrisImage:
         """Every tensor of ResNet, its pooling, and the pyramid's first layers."""
         at, deep, size = self.prefix, self.sizes.deep, self.sizes.embed_dim
         for i, (outputs, inputs, _) in enumerate(self.stem(), 1):
-            yield conv_tensor(f"{at}conv{i}", outputs, inputs, 3)
+            yield convolution_tensor(f"{at}conv{i}", outputs, inputs, 3)
             yield from batch_norm_tensors(f"{at}bn{i}", outputs)
         for _, block in self.blocks():
             yield from block.tensors()
@@ -215,7 +196,7 @@ class CrisImage:
         for part in "qkv":
             yield from linear_tensors(f"{pool}{part}_proj", deep, deep, "vision")
         yield from linear_tensors(f"{pool}c_proj", size, deep, "vision")
-        yield conv_tensor(f"{pool}connect.0", size, deep, 1)
+        yield convolution_tensor(f"{pool}connect.0", size, deep, 1)
         yield from batch_norm_tensors(f"{pool}connect.1", size)
         for level in self.levels():
             yield from level.tensors()
@@ -313,7 +294,7 @@ class CrisMask:
             yield from norm_tensors(f"{at}ffn.3", sizes.dim_ffn)
             yield from linear_tensors(f"{at}ffn.4", dim, sizes.dim_ffn, "vision")
         yield from norm_tensors("decoder.norm", dim)
-        yield conv_tensor("proj.vis.4", kernel, kernel, 1)
+        yield convolution_tensor("proj.vis.4", kernel, kernel, 1)
         yield TensorSpec("proj.vis.4.bias", (kernel,), reason=BIAS)
         yield from linear_tensors("proj.txt", kernel * TAPS + 1, sizes.embed_dim, "decoder")
 

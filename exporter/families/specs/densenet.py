@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from exporter.families.base import TensorSpec
+from exporter.families.specs.layers import batch_norm_tensors, convolution_tensor
 
-CONVOLUTION = "convolution: its input is not one row of a matrix product"
-STATISTICS = "batch norm: few bytes, large effect"
 # torchvision's modules all have this epsilon.
 NORM_EPS = 1e-5
 
@@ -80,24 +79,17 @@ class DenseNetSpec:
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of ``features``; there is no classifier."""
         inner = self.bottleneck * self.growth
-        yield _kernel(f"{self.prefix}conv0", self.first, 3, 7)
-        yield from _norm(f"{self.prefix}norm0", self.first)
+        yield convolution_tensor(f"{self.prefix}conv0", self.first, 3, 7)
+        yield from batch_norm_tensors(f"{self.prefix}norm0", self.first)
         for block in self.dense_blocks():
             for layer in block.layers:
-                yield from _norm(f"{layer.name}norm1", layer.inputs)
-                yield _kernel(f"{layer.name}conv1", inner, layer.inputs, 1)
-                yield from _norm(f"{layer.name}norm2", inner)
-                yield _kernel(f"{layer.name}conv2", self.growth, inner, 3)
+                yield from batch_norm_tensors(f"{layer.name}norm1", layer.inputs)
+                yield convolution_tensor(f"{layer.name}conv1", inner, layer.inputs, 1)
+                yield from batch_norm_tensors(f"{layer.name}norm2", inner)
+                yield convolution_tensor(f"{layer.name}conv2", self.growth, inner, 3)
             if block.transition:
-                yield from _norm(f"{block.transition}norm", block.outputs)
-                yield _kernel(f"{block.transition}conv", block.outputs // 2, block.outputs, 1)
-        yield from _norm(f"{self.prefix}norm5", self.channels)
-
-
-def _kernel(name: str, outputs: int, inputs: int, side: int) -> TensorSpec:
-    return TensorSpec(f"{name}.weight", (outputs, inputs, side, side), reason=CONVOLUTION)
-
-
-def _norm(name: str, size: int) -> Iterator[TensorSpec]:
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield TensorSpec(f"{name}.{part}", (size,), reason=STATISTICS)
+                yield from batch_norm_tensors(f"{block.transition}norm", block.outputs)
+                yield convolution_tensor(
+                    f"{block.transition}conv", block.outputs // 2, block.outputs, 1
+                )
+        yield from batch_norm_tensors(f"{self.prefix}norm5", self.channels)

@@ -15,7 +15,7 @@ import numpy as np
 from exporter.core.errors import InputRefused
 from exporter.families.base import BIAS, POSITIONS, Feed, Role, TensorSpec, norm_tensors
 from exporter.families.config import choice, count, flag, positive
-from exporter.families.specs.decoder import example_texts
+from exporter.families.specs.decoder import TextDecoder, example_texts
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu")
 # Switches of GPT2Config that change the network and that no known captioner sets otherwise.
@@ -104,11 +104,7 @@ class Gpt2Spec:
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random inputs of the graph at two shapes; see `TextDecoder`."""
-        for batch, _, _, feed in example_texts(self, rng):
-            shape = (batch, self.heads, EXAMPLE_ROWS, self.head_dim)
-            for name in cross_names(self.layers):
-                feed[name] = rng.standard_normal(shape, np.float32)
-            yield feed
+        return example_captions(self, rng)
 
 
 def conv1d_tensors(name: str, outputs: int, inputs: int, role: Role) -> Iterator[TensorSpec]:
@@ -120,6 +116,15 @@ def conv1d_tensors(name: str, outputs: int, inputs: int, role: Role) -> Iterator
 def cross_names(layers: int) -> list[str]:
     """Outputs of the vision graph and inputs of the decoder graph: the image as its blocks see it."""
     return [f"cross_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+
+
+def example_captions(spec: TextDecoder, rng: np.random.Generator) -> Iterator[Feed]:
+    """Inputs at two shapes of a decoder whose every block sees the image by cross-attention."""
+    for batch, _, _, feed in example_texts(spec, rng):
+        shape = (batch, spec.heads, EXAMPLE_ROWS, spec.head_dim)
+        for name in cross_names(spec.layers):
+            feed[name] = rng.standard_normal(shape, np.float32)
+        yield feed
 
 
 def gpt2_spec(decoder: Mapping[str, Any], prefix: str, head: str) -> Gpt2Spec:

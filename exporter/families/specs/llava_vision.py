@@ -9,20 +9,13 @@ from typing import Any
 import numpy as np
 
 from exporter.core.errors import InputRefused
-from exporter.families.base import BIAS, Feed, TensorSpec
+from exporter.families.base import Feed, TensorSpec
 from exporter.families.config import choice, count, flag, section
-from exporter.families.specs.clip_tower import ClipTower, clip_tower
+from exporter.families.specs.clip_tower import VISION_SIZES, ClipTower, clip_tower
+from exporter.families.specs.layers import linear_tensors
 
-# What CLIPVisionConfig puts where vision_config has no key; what LlavaConfig and LlavaNextConfig put
-# where config.json has no vision_config (CLIP ViT-L/14, 336 pixels).
-SIZES = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
+# What LlavaConfig and LlavaNextConfig put where config.json has no vision_config (CLIP ViT-L/14, 336
+# pixels).
 LARGE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -61,8 +54,7 @@ class LlavaVision:
         inner, outer = self.tower.hidden_size, self.output_size
         yield from self.tower.tensors(post_norm=False)
         for name, columns in (("linear_1", inner), ("linear_2", outer)):
-            yield TensorSpec(f"{self.projector}{name}.weight", (outer, columns), "vision")
-            yield TensorSpec(f"{self.projector}{name}.bias", (outer,), reason=BIAS)
+            yield from linear_tensors(f"{self.projector}{name}", outer, columns, "vision")
         if self.newline:
             yield TensorSpec(self.newline, (outer,), reason=NEWLINE_REASON)
 
@@ -94,7 +86,7 @@ def llava_vision(config: Mapping[str, Any], *, newline: bool) -> LlavaVision:
     if not flag(config, "multimodal_projector_bias", True):
         raise InputRefused("config.json: multimodal_projector_bias is false; only true is known")
     return LlavaVision(
-        tower=clip_tower(vision, TOWER, defaults=SIZES, feature_layer=layer),
+        tower=clip_tower(vision, TOWER, defaults=VISION_SIZES, feature_layer=layer),
         output_size=count(section(config, "text_config"), "hidden_size", 4096, "text_config"),
         class_token=strategy == "full",
         projector=PROJECTOR,

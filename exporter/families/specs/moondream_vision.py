@@ -22,6 +22,7 @@ from exporter.families.base import (
 )
 from exporter.families.config import choice, count, positive
 from exporter.families.images.overlap_crops import CropSettings, averages, stitch_index
+from exporter.families.specs.layers import fused_block_shapes, linear_tensors
 
 NAMES = VitNames("patch_emb", "blocks.", "attn.", "proj", "ln1", "ln2", fused="qkv", flat=True)
 REGION = "not used: answers with points and boxes, which a caption has not"
@@ -89,12 +90,7 @@ class MoondreamVision(VitSpec):
     def block_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix of a block by its name within the block."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        return {
-            "attn.qkv": (3 * hidden, hidden),
-            "attn.proj": (hidden, hidden),
-            "mlp.fc1": (inner, hidden),
-            "mlp.fc2": (hidden, inner),
-        }
+        return fused_block_shapes(hidden, inner, "attn.qkv", "attn.proj")
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of tower and projection, and of the region part, which no graph takes."""
@@ -107,13 +103,11 @@ class MoondreamVision(VitSpec):
             yield from norm_tensors(block + "ln1", hidden)
             yield from norm_tensors(block + "ln2", hidden)
             for name, shape in self.block_shapes().items():
-                yield TensorSpec(f"{block}{name}.weight", shape, "vision")
-                yield TensorSpec(f"{block}{name}.bias", shape[:1], reason=BIAS)
+                yield from linear_tensors(block + name, *shape, "vision")
         yield from norm_tensors(at + "post_ln", hidden)
         layers = {"fc1": (self.inner_size, 2 * hidden), "fc2": (self.output_size, self.inner_size)}
         for name, shape in layers.items():
-            yield TensorSpec(f"{at}proj_mlp.{name}.weight", shape, "vision")
-            yield TensorSpec(f"{at}proj_mlp.{name}.bias", shape[:1], reason=BIAS)
+            yield from linear_tensors(f"{at}proj_mlp.{name}", *shape, "vision")
         yield from self.region.tensors()
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:

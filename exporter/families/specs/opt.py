@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from exporter.core.errors import InputRefused
-from exporter.families.base import BIAS, POSITIONS, Feed, TensorSpec, norm_tensors
+from exporter.families.base import POSITIONS, Feed, TensorSpec, norm_tensors
 from exporter.families.config import choice, count, flag
 from exporter.families.specs.decoder import example_texts
+from exporter.families.specs.layers import linear_tensors
 
 # The table's first rows are of no position.
 POSITION_OFFSET = 2
@@ -84,8 +85,7 @@ class OptSpec:
             at = self.block(i)
             yield from norm_tensors(f"{at}self_attn_layer_norm", hidden)
             for name, shape in self.matrix_shapes().items():
-                yield TensorSpec(f"{at}{name}.weight", shape, "decoder", inputs=True)
-                yield TensorSpec(f"{at}{name}.bias", shape[:1], reason=BIAS)
+                yield from linear_tensors(at + name, *shape, "decoder", watched=True)
             yield from norm_tensors(f"{at}final_layer_norm", hidden)
         yield from norm_tensors(f"{self.prefix}final_layer_norm", hidden)
         if not self.tied:

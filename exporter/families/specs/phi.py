@@ -15,6 +15,7 @@ from exporter.core.errors import InputRefused
 from exporter.families.base import BIAS, Feed, TensorSpec, norm_tensors
 from exporter.families.config import choice, count, positive, rope_theta
 from exporter.families.specs.decoder import example_texts
+from exporter.families.specs.layers import fused_block_shapes, linear_tensors
 
 ROTARY_SHARE = 0.5
 # Positions of the example prompts that see each other both ways.
@@ -56,12 +57,7 @@ class PhiSpec:
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix of a block by its name within the block, in the order of use."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        return {
-            "attn.qkv": (3 * hidden, hidden),
-            "attn.proj": (hidden, hidden),
-            "mlp.fc1": (inner, hidden),
-            "mlp.fc2": (hidden, inner),
-        }
+        return fused_block_shapes(hidden, inner, "attn.qkv", "attn.proj")
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor it has: the embedding first, the head last."""
@@ -71,8 +67,7 @@ class PhiSpec:
             block = f"{self.prefix}blocks.{i}."
             yield from norm_tensors(block + "ln", self.hidden_size)
             for name, shape in self.matrix_shapes().items():
-                yield TensorSpec(f"{block}{name}.weight", shape, "decoder", inputs=True)
-                yield TensorSpec(f"{block}{name}.bias", shape[:1], reason=BIAS)
+                yield from linear_tensors(block + name, *shape, "decoder", watched=True)
         yield from norm_tensors(self.final_norm, self.hidden_size)
         yield TensorSpec(self.head, table, "head")
         yield TensorSpec(_bias_of(self.head), table[:1], reason=BIAS)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.families.base import BIAS, POSITIONS, Feed, Role, TensorSpec, norm_tensors
-from exporter.families.specs.decoder import example_texts
-from exporter.families.specs.gpt2 import EXAMPLE_ROWS, cross_names
+from exporter.families.base import POSITIONS, Feed, Role, TensorSpec, norm_tensors
+from exporter.families.specs.gpt2 import example_captions
+from exporter.families.specs.layers import attention_tensors, linear_tensors
 
 # torch.nn's default, which its layers are made with here.
 NORM_EPS = 1e-5
@@ -34,20 +34,14 @@ class PostNormSizes:
 
     def encoder_layer(self, name: str) -> Iterator[TensorSpec]:
         """Tensors of a ``TransformerEncoderLayer`` called `name` (with its dot)."""
-        yield from self._attention(f"{name}self_attn.", "vision")
+        yield from attention_tensors(f"{name}self_attn", self.hidden_size, "vision")
         yield from self._rest(name, "vision", norms=2)
 
     def decoder_layer(self, name: str) -> Iterator[TensorSpec]:
         """Tensors of a ``TransformerDecoderLayer`` called `name` (with its dot)."""
-        yield from self._attention(f"{name}self_attn.", "decoder")
-        yield from self._attention(f"{name}multihead_attn.", "decoder")
+        yield from attention_tensors(f"{name}self_attn", self.hidden_size, "decoder")
+        yield from attention_tensors(f"{name}multihead_attn", self.hidden_size, "decoder")
         yield from self._rest(name, "decoder", norms=3)
-
-    def _attention(self, name: str, role: Role) -> Iterator[TensorSpec]:
-        hidden = self.hidden_size
-        yield TensorSpec(f"{name}in_proj_weight", (3 * hidden, hidden), role)
-        yield TensorSpec(f"{name}in_proj_bias", (3 * hidden,), reason=BIAS)
-        yield from linear_tensors(f"{name}out_proj", hidden, hidden, role)
 
     def _rest(self, name: str, role: Role, *, norms: int) -> Iterator[TensorSpec]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -111,14 +105,4 @@ class PostNormDecoder:
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random inputs of the graph at two shapes; see `TextDecoder`."""
-        for batch, _, _, feed in example_texts(self, rng):
-            shape = (batch, self.heads, EXAMPLE_ROWS, self.head_dim)
-            for name in cross_names(self.layers):
-                feed[name] = rng.standard_normal(shape, np.float32)
-            yield feed
-
-
-def linear_tensors(name: str, outputs: int, inputs: int, role: Role) -> Iterator[TensorSpec]:
-    """Weight and bias of a linear layer called `name`."""
-    yield TensorSpec(f"{name}.weight", (outputs, inputs), role)
-    yield TensorSpec(f"{name}.bias", (outputs,), reason=BIAS)
+        return example_captions(self, rng)

@@ -14,8 +14,8 @@ import numpy as np
 from exporter.core.errors import InputRefused
 from exporter.families.base import BIAS, Feed, TensorSpec
 from exporter.families.config import count
-from exporter.families.specs.densenet import CONVOLUTION, STATISTICS
-from exporter.families.specs.timm_vit import example_images
+from exporter.families.specs.examples import example_images
+from exporter.families.specs.layers import CONVOLUTION, batch_norm_tensors
 
 EXPANSION = 4
 RESNET_50 = (3, 4, 6, 3)
@@ -116,5 +116,4 @@ def resnet_image(
 
 def _convolution(name: str, norm: str, shape: tuple[int, int, int, int]) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{name}.weight", shape, reason=CONVOLUTION)
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield TensorSpec(f"{norm}.{part}", shape[:1], reason=STATISTICS)
+    yield from batch_norm_tensors(norm, shape[0])

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.families.base import (
-    BIAS,
-    PATCHES,
-    POSITIONS,
     Feed,
     TensorSpec,
     VitNames,
     VitSpec,
     norm_tensors,
 )
-from exporter.families.specs.clip_tower import CLASS_TOKEN
+from exporter.families.specs.examples import example_images
+from exporter.families.specs.layers import (
+    class_token_and_patch_tensors,
+    fused_block_shapes,
+    linear_tensors,
+)
 
 NAMES = VitNames(
     patch="patch_embed.proj",
@@ -49,35 +51,18 @@ class TimmImage:
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of tower and projection."""
         tower = self.tower
-        at, hidden, side = tower.prefix, tower.hidden_size, tower.patch_size
-        yield TensorSpec(f"{at}cls_token", (1, 1, hidden), reason=CLASS_TOKEN)
-        yield TensorSpec(f"{at}pos_embed", (1, self.rows, hidden), reason=POSITIONS)
-        yield TensorSpec(f"{at}{NAMES.patch}.weight", (hidden, 3, side, side), reason=PATCHES)
-        yield TensorSpec(f"{at}{NAMES.patch}.bias", (hidden,), reason=BIAS)
-        inner = tower.intermediate_size
-        shapes = {
-            "attn.qkv": (3 * hidden, hidden),
-            "attn.proj": (hidden, hidden),
-            "mlp.fc1": (inner, hidden),
-            "mlp.fc2": (hidden, inner),
-        }
+        at, hidden, inner = tower.prefix, tower.hidden_size, tower.intermediate_size
+        yield from class_token_and_patch_tensors(f"{at}cls_token", f"{at}pos_embed", tower)
+        shapes = fused_block_shapes(hidden, inner, "attn.qkv", "attn.proj")
         for layer in range(tower.layers):
             block = f"{at}{NAMES.blocks}{layer}."
             yield from norm_tensors(block + NAMES.first_norm, hidden)
             yield from norm_tensors(block + NAMES.second_norm, hidden)
             for name, shape in shapes.items():
-                yield TensorSpec(f"{block}{name}.weight", shape, "vision")
-                yield TensorSpec(f"{block}{name}.bias", shape[:1], reason=BIAS)
+                yield from linear_tensors(block + name, *shape, "vision")
         yield from norm_tensors(f"{at}norm", hidden)
         yield TensorSpec(self.projection, (self.output_size, hidden), "vision")
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random images, alone and in a batch of two."""
         return example_images(self.tower.image_size, rng)
-
-
-def example_images(side: int, rng: np.random.Generator) -> Iterator[Feed]:
-    """Random square images, alone and in a batch of two."""
-    for batch in (1, 2):
-        pixels = rng.uniform(-1, 1, (batch, 3, side, side))
-        yield {"pixel_values": pixels.astype(np.float32)}

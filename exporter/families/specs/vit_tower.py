@@ -10,9 +10,6 @@ import numpy as np
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import (
-    BIAS,
-    PATCHES,
-    POSITIONS,
     Feed,
     TensorSpec,
     VitNames,
@@ -21,8 +18,9 @@ from exporter.families.base import (
     norm_tensors,
 )
 from exporter.families.config import choice, count, flag, positive
-from exporter.families.specs.clip_tower import CLASS_TOKEN
+from exporter.families.specs.examples import example_tiles
 from exporter.families.specs.gpt2 import Gpt2Spec, conv1d_tensors
+from exporter.families.specs.layers import class_token_and_patch_tensors, linear_tensors
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 POOLER = "not used: the decoder sees the rows, not their summary"
@@ -62,12 +60,9 @@ class CrossVit:
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor of tower, projection and cross keys and values."""
         tower = self.tower
-        hidden, side, at = tower.hidden_size, tower.patch_size, f"{tower.prefix}embeddings."
-        patch = tower.prefix + tower.names.patch
-        yield TensorSpec(f"{at}cls_token", (1, 1, hidden), reason=CLASS_TOKEN)
-        yield TensorSpec(f"{at}position_embeddings", (1, self.rows, hidden), reason=POSITIONS)
-        yield TensorSpec(f"{patch}.weight", (hidden, 3, side, side), reason=PATCHES)
-        yield TensorSpec(f"{patch}.bias", (hidden,), reason=BIAS)
+        hidden, at = tower.hidden_size, f"{tower.prefix}embeddings."
+        token, table = f"{at}cls_token", f"{at}position_embeddings"
+        yield from class_token_and_patch_tensors(token, table, tower)
         for i in range(tower.layers):
             layer = f"{tower.prefix}{tower.names.blocks}{i}."
             yield from block_tensors(layer, hidden, tower.intermediate_size, tower.names)
@@ -76,18 +71,14 @@ class CrossVit:
             name = f"{tower.prefix}pooler.dense.{part}"
             yield TensorSpec(name, shape, reason=POOLER, used=False)
         if self.projection:
-            yield TensorSpec(f"{self.projection}.weight", (self.output_size, hidden), "vision")
-            yield TensorSpec(f"{self.projection}.bias", (self.output_size,), reason=BIAS)
+            yield from linear_tensors(self.projection, self.output_size, hidden, "vision")
         for i in range(self.decoder.layers):
             name, width = self.decoder.cross_layer(i), self.decoder.hidden_size
             yield from conv1d_tensors(name, 2 * width, width, "vision")
 
     def example_feeds(self, rng: np.random.Generator) -> Iterator[Feed]:
         """Random images, alone and in a batch of two."""
-        side = self.tower.image_size
-        for batch in (1, 2):
-            shape = (batch, 1, 3, side, side)
-            yield {"pixel_values": rng.uniform(-1, 1, shape).astype(np.float32)}
+        return example_tiles(self.tower.image_size, rng)
 
 
 def cross_vit(

@@ -37,9 +37,9 @@ from exporter.families.prompts.matching import BertMatchingPreparer
 from exporter.families.prompts.textfiles import read_image_settings
 from exporter.families.shapes.swin import medclip
 from exporter.families.specs.bert_towers import BERT_DEFAULTS, BertText
+from exporter.families.specs.examples import example_images
 from exporter.families.specs.resnet import ResNetImage, resnet_image
 from exporter.families.specs.swin import SwinSpec, swin_spec
-from exporter.families.specs.timm_vit import example_images
 from exporter.families.task_models.bert import bert_spec
 from exporter.families.tasks import TEXT_GRAPH, VISION_GRAPH, GraphSpec, Outputs, Task
 

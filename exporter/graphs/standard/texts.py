@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto
 
 from exporter.families.specs.decoder import TextDecoder
-from exporter.graphs.dialect import Dialect
+from exporter.graphs.dialect import Dialect, Reach
 from exporter.graphs.standard.ops import HIDDEN, Ops
 from exporter.graphs.writer import GraphWriter
 
@@ -26,7 +26,8 @@ class Concatenated:
     def __init__(self, writer: GraphWriter, spec: TextDecoder, dialect: Dialect) -> None:
         self.writer, self.spec, self._dialect = writer, spec, dialect
         self.ops = Ops(writer)
-        self._mask = self._places = ""
+        self._places = ""
+        self._masks: dict[int, str] = {}
         # New places (int64 [1]) and all places of a row (scalar).
         shape, node = {"start": 1, "end": 2}, writer.node
         new = node("Shape", "new_length", ["inputs_embeds"], attributes=shape)
@@ -70,6 +71,7 @@ class Concatenated:
         queries_keys_values: Sequence[str],
         tables: Sequence[str],
         prefix: str,
+        reach: Reach | None,
     ) -> str:
         """Attention of block `layer`; see `graphs.texts.TextGraph.attention`."""
         spec, name, width = self.spec, f"layers.{layer}", self.spec.head_dim
@@ -86,7 +88,7 @@ class Concatenated:
             )
             for part, x in (("key", key), ("value", value))
         )
-        mask, inner = self._visible(prefix), spec.heads * width
+        mask, inner = self._visible(prefix, reach), spec.heads * width
         return self.ops.attention(f"{name}.attention", query, keys, values, inner, mask)
 
     def _parts(self, name: str, given: Sequence[str]) -> Sequence[str]:
@@ -100,10 +102,19 @@ class Concatenated:
         self.writer.node("Split", f"{name}.qkv/parts", ends, outputs=parts, attributes=axis)
         return parts
 
-    def _visible(self, prefix: str) -> str:
-        """What is added to scores ``[batch, 1, sequence, total]``: 0 for keys that a place sees."""
-        if self._mask:
-            return self._mask
+    def _visible(self, prefix: str, reach: Reach | None) -> str:
+        """What is added to scores ``[batch, 1, sequence, total]``: 0 for keys that a place sees.
+
+        Once in a graph, or once for each window.
+        """
+        window = reach.window if reach else 0
+        if window not in self._masks:
+            seen = self._reached(reach) if reach else self._before_each(prefix)
+            self._masks[window] = self._added(seen, f"window.{window}/masked" if window else "mask")
+        return self._masks[window]
+
+    def _before_each(self, prefix: str) -> str:
+        """Whether a key stands before a place, or both are of the prefix."""
         node, ops = self.writer.node, self.ops
         zero = self.writer.constant("zero", np.array(0, np.int64))
         one = self.writer.constant("one", np.array(1, np.int64))
@@ -121,12 +132,34 @@ class Concatenated:
             both = node("And", "prefix_pairs", [down, across])
             seen = node("Or", "causal_or_prefix", [seen, both])
             seen = node("Unsqueeze", "seen_heads", [seen, ops.whole(1)])
-        counts = node("Cast", "mask_bool", ["attention_mask"], attributes={"to": BOOL})
-        valid = node("Unsqueeze", "mask_keys", [counts, ops.whole(1, 2)])
-        seen = node("And", "seen", [seen, valid])
-        values = [seen, ops.number(0.0), ops.number(HIDDEN)]
-        self._mask = node("Where", "mask", values)
-        return self._mask
+        return seen
+
+    def _reached(self, reach: Reach) -> str:
+        """Whether a key lies within the reach of a place, by their places in the text."""
+        node, ops, name = self.writer.node, self.ops, f"reach.{reach.window}"
+        keys = node("Unsqueeze", f"{name}/keys", [self._before, ops.whole(1, 2)])
+        last, place = (
+            node(
+                "Unsqueeze",
+                f"{name}/{n}",
+                [node("Cast", f"{name}/{n}_float", [x], attributes={"to": FLOAT}), ops.whole(1, 3)],
+            )
+            for n, x in (("last", reach.last), ("place", reach.place))
+        )
+        seen = node("LessOrEqual", f"{name}/up_to_last", [keys, last])
+        if not reach.window:
+            return seen
+        before = node("Sub", f"{name}/before_window", [place, ops.number(reach.window)])
+        within = node("Greater", f"{name}/within", [keys, before])
+        return node("And", f"{name}/seen", [seen, within])
+
+    def _added(self, seen: str, name: str) -> str:
+        """What is added to scores where only keys that are `seen` and no padding count."""
+        node, ops = self.writer.node, self.ops
+        counts = node("Cast", f"{name}/bool", ["attention_mask"], attributes={"to": BOOL})
+        valid = node("Unsqueeze", f"{name}/keys", [counts, ops.whole(1, 2)])
+        both = node("And", f"{name}/seen", [seen, valid])
+        return node("Where", name, [both, ops.number(0.0), ops.number(HIDDEN)])
 
     def _appended(self, layer: int, part: str, new: str) -> str:
         """All keys or values ``[batch, heads, total, head_dim]``, each of them for its queries."""

@@ -17,12 +17,12 @@ BATCH = 16
 
 
 class ZeroShot:
-    """Images and texts in one space, as CLIP has it (arXiv 2103.00020)."""
+    """Images and texts in one space, as CLIP has it (arXiv 2103.00020) or SigLIP (arXiv 2303.15343)."""
 
     def __init__(self, graphs: Graphs) -> None:
         self._graphs = graphs
         self._preparer: ZeroShotPreparer = graphs.preparer
-        self._scale: float | None = None
+        self._scoring: tuple[float, float | None] | None = None
 
     @property
     def template(self) -> str:
@@ -32,10 +32,20 @@ class ZeroShot:
     @property
     def logit_scale(self) -> float:
         """What a cosine is multiplied by, exponentiated; the text graph gives it with any text."""
-        if self._scale is None:
+        return self._asked()[0]
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to a scaled cosine where each label is scored by itself; None where labels share
+        one probability.
+        """
+        return self._asked()[1]
+
+    def _asked(self) -> tuple[float, float | None]:
+        if self._scoring is None:
             self.embed_texts([self.template.format("image")])
-        assert self._scale is not None
-        return self._scale
+        assert self._scoring is not None
+        return self._scoring
 
     def embed_images(self, images: Sequence[Image]) -> Float32:
         """Unit vectors ``[images, size]``. Raises `InputRefused` where one has no direction."""
@@ -51,19 +61,21 @@ class ZeroShot:
             self._graphs.run(TEXT_GRAPH, self._preparer.texts(texts[i : i + BATCH]))
             for i in range(0, len(texts), BATCH)
         ]
-        self._scale = float(parts[0]["logit_scale"])
+        bias = parts[0].get("logit_bias")
+        self._scoring = float(parts[0]["logit_scale"]), None if bias is None else float(bias)
         return unit_rows(np.concatenate([p["text_embeds"] for p in parts]), "text")
 
     def scores(
         self, images: Sequence[Image], labels: Sequence[str], template: str | None = None
     ) -> NDArray[np.float64]:
-        """Probability of each label for each image, ``[images, labels]``; rows sum to 1.
+        """Probability of each label for each image, ``[images, labels]``; rows sum to 1 unless the model
+        has a `logit_bias`.
 
         `template` has one ``{}`` for the label (None: the model's own). Raises `WrongUsage` without
         a label or with another template.
         """
         texts = self.embed_texts(label_texts(labels, template or self.template))
-        return label_scores(self.embed_images(images), texts, self.logit_scale)
+        return label_scores(self.embed_images(images), texts, self.logit_scale, self.logit_bias)
 
 
 def label_texts(labels: Sequence[str], template: str) -> list[str]:
@@ -77,9 +89,18 @@ def label_texts(labels: Sequence[str], template: str) -> list[str]:
     return [template.replace("{}", label) for label in labels]
 
 
-def label_scores(images: Float32, texts: Float32, scale: float) -> NDArray[np.float64]:
-    """Softmax over texts of `scale` times the cosine, from unit vectors, ``[images, texts]``."""
+def label_scores(
+    images: Float32, texts: Float32, scale: float, bias: float | None = None
+) -> NDArray[np.float64]:
+    """Softmax over texts of `scale` times the cosine, from unit vectors, ``[images, texts]``.
+
+    With a `bias` each pair has a probability of its own: the sigmoid of scaled cosine plus bias.
+    """
     logits = scale * (images.astype(np.float64) @ texts.astype(np.float64).T)
+    if bias is not None:
+        # The same as 1 / (1 + exp(-x)), without its overflow.
+        alone: NDArray[np.float64] = np.exp(-np.logaddexp(0, -(logits + bias)))
+        return alone
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return scores

@@ -13,7 +13,7 @@ from PIL import Image
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.families.base import Feed
 from exporter.runtimes.tasks.encode import EntitySpan, TextEncoder, decode_entities
-from exporter.runtimes.tasks.zero_shot import ZeroShot, retrieval_ranks
+from exporter.runtimes.tasks.zero_shot import ZeroShot, label_scores, retrieval_ranks
 
 # Directions of texts, by the first word behind the template.
 AXES = {"left": (1.0, 0.0), "right": (0.0, 1.0), "both": (1.0, 1.0), "none": (0.0, 0.0)}
@@ -49,6 +49,33 @@ def test_scores_are_the_softmax_of_scaled_cosines() -> None:
     scores = ZeroShot(Plain()).scores([image(5, 0), image(7, 7)], ["left", "right"])
     share = exp(4) / (exp(4) + 1)
     np.testing.assert_allclose(scores, [[share, 1 - share], [0.5, 0.5]], rtol=1e-6)
+
+
+class Alone(Plain):
+    """The same with a bias of the score, as SigLIP has it."""
+
+    def run(self, graph: str, feed: Feed) -> Mapping[str, NDArray[np.float32]]:
+        found = super().run(graph, feed)
+        return found if graph == "vision_model" else {**found, "logit_bias": np.float32(-3.0)}  # type: ignore[dict-item]
+
+
+def test_with_a_bias_each_label_is_scored_by_itself() -> None:
+    model = ZeroShot(Alone())
+    scores = model.scores([image(5, 0), image(7, 7)], ["left", "right"])
+    one, none, half = (1 / (1 + exp(3 - 4 * cosine)) for cosine in (1, 0, 0.5**0.5))
+    np.testing.assert_allclose(scores, [[one, none], [half, half]], rtol=1e-6)
+    np.testing.assert_allclose(model.scores([image(5, 0)], ["right"]), [[none]], rtol=1e-6)
+    assert (model.logit_scale, model.logit_bias) == (4.0, -3.0)
+    plain = ZeroShot(Plain())
+    plain.embed_texts(["see left"])
+    assert plain.logit_bias is None
+
+
+def test_a_score_far_from_even_neither_overflows_nor_becomes_nothing() -> None:
+    units = np.array([[1.0]], np.float32)
+    with np.errstate(all="raise"):
+        low, high = (label_scores(units, units, 1.0, bias)[0, 0] for bias in (-701.0, 701.0))
+    assert low == pytest.approx(exp(-700), rel=1e-9) and high == 1.0
 
 
 def test_vectors_have_length_one_whatever_the_batch() -> None:

@@ -82,6 +82,33 @@ def test_figures_are_the_definitions(
             assert found.figures[f"retrieval {way} recall@{k}"].value == pytest.approx(expected)
 
 
+def test_a_bias_scores_each_modality_by_itself_and_leaves_findings_to_their_denial(
+    cases: tuple[Case, ...], measure: ZeroShotMeasure, embedded: Embedded
+) -> None:
+    """SigLIP's probabilities: other areas and another calibration, the same choices."""
+    alone, shared = (
+        measure.measure(e, embedded, TaskGate()) for e in (replace(embedded, bias=-9.0), embedded)
+    )
+    logits = 10.0 * embedded.images.astype(float) @ embedded.labels.astype(float).T - 9.0
+    modality = 1 / (1 + np.exp(-logits[:, :3]))
+    truth = np.array([KINDS.index(c.modality) for c in cases])
+    areas = [auroc(modality[:, i], truth == i) for i in range(3)]
+    assert [alone.labels[n].figures["auroc"].value for n in KINDS] == pytest.approx(areas, abs=1e-9)
+    assert alone.labels["nodule"].figures == shared.labels["nodule"].figures
+    nodule = 1 / (1 + np.exp(logits[:, 4] - logits[:, 3]))
+    confidence = np.concatenate([modality.max(1), np.maximum(nodule, 1 - nodule)])
+    hits = [modality.argmax(1) == truth, (nodule > 0.5) == (np.arange(COUNT) % 2 == 1)]
+    assert alone.figures["ece"].value == pytest.approx(
+        calibration_error(confidence, np.concatenate(hits)), abs=1e-9
+    )
+    assert alone.figures["ece"].value != shared.figures["ece"].value
+    assert alone.figures["accuracy"].value == shared.figures["accuracy"].value
+    assert not any(a.changes for a in alone.answers)
+    # The likeliest is named, however small its probability.
+    assert all(a.said.split()[0].strip(",") in KINDS for a in alone.answers)
+    assert min(modality.max(1)) < 0.1
+
+
 def test_the_reference_against_itself_passes(
     cases: tuple[Case, ...], measure: ZeroShotMeasure, embedded: Embedded
 ) -> None:
