@@ -13,6 +13,7 @@ from exporter.families.specs.clip import ClipImage, ClipText
 from exporter.families.specs.clipseg import ClipStates, MaskDecoder
 from exporter.families.specs.cris import CrisImage, CrisMask, CrisText
 from exporter.families.specs.resnet import ResNetImage
+from exporter.families.specs.siglip import SiglipImage, SiglipText
 from exporter.families.specs.t5 import T5Decoder, T5Encoder
 from exporter.families.specs.timm_vit import TimmImage
 from exporter.families.task_models.medbridge import BridgedImage
@@ -28,6 +29,7 @@ from exporter.graphs.cris import write_cris_image, write_cris_text
 from exporter.graphs.cris_mask import write_cris_mask
 from exporter.graphs.medbridge import write_bridged_image
 from exporter.graphs.resnet import write_resnet_image
+from exporter.graphs.siglip import write_siglip_image, write_siglip_text
 from exporter.graphs.swin_image import write_swin_image
 from exporter.graphs.t5 import write_t5_decoder, write_t5_encoder
 from exporter.graphs.timm_vit import write_timm_image
@@ -52,6 +54,8 @@ TASK_WRITERS: Mapping[type, TaskWriter] = {
     SwinImage: write_swin_image,
     ResNetImage: write_resnet_image,
     BridgedImage: write_bridged_image,
+    SiglipImage: write_siglip_image,
+    SiglipText: write_siglip_text,
     T5Decoder: write_t5_decoder,
 }
 

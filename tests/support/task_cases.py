@@ -49,6 +49,7 @@ from tests.support.tiny_medbridge import (
 )
 from tests.support.tiny_medclip import write_tiny_medclip
 from tests.support.tiny_medfilip import write_tiny_medfilip
+from tests.support.tiny_siglip import siglip_processor, write_tiny_siglip
 from tests.support.tiny_t5 import write_tiny_t5
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -430,6 +431,16 @@ CASES = (
         slack=2e-5,
         targets=("q_proj", "v_proj"),
         reference=medfilip_outputs,
+    ),
+    TaskCase(
+        "siglip",
+        write_tiny_siglip,
+        "zero-shot",
+        siglip_processor,
+        CLIP_ERROR,
+        # Texts have one length, and the model sees padding.
+        padded=None,
+        targets=("q_proj", "v_proj"),
     ),
 )
 assert {case.inputs for case in CASES} <= INPUTS.keys()
