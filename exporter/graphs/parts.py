@@ -13,6 +13,7 @@ from exporter.families.base import DecoderSpec, TowerSpec, VisionSpec
 from exporter.families.captioners.cnn_transformer import CellVision
 from exporter.families.specs.blip2_vision import Blip2Vision
 from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.gemma3 import Gemma3Decoder, PooledSiglip
 from exporter.families.specs.gpt2 import Gpt2Spec
 from exporter.families.specs.idefics import GatedLlama, ResampledVision
 from exporter.families.specs.llava_vision import LlavaVision
@@ -29,6 +30,7 @@ from exporter.graphs.densenet import write_cell_vision
 from exporter.graphs.dialect import OpenDialect
 from exporter.graphs.embedding import write_embedding
 from exporter.graphs.gated import write_gated_llama, write_parted_embedding
+from exporter.graphs.gemma3 import write_gemma3, write_pooled_siglip, write_scaled_embedding
 from exporter.graphs.gpt2 import write_gpt2
 from exporter.graphs.moondream_tower import write_moondream_vision
 from exporter.graphs.opt import write_opt
@@ -52,6 +54,7 @@ VISION_WRITERS: Mapping[type, Writer] = {
     MoondreamVision: write_moondream_vision,
     ResampledVision: write_resampled_vision,
     Blip2Vision: write_blip2_vision,
+    PooledSiglip: write_pooled_siglip,
 }
 DecoderWriter = Callable[
     [Path, Any, WeightSource, DecoderOptions, OpenDialect | None], WrittenGraph
@@ -63,10 +66,14 @@ DECODER_WRITERS: Mapping[type, DecoderWriter] = {
     PhiSpec: write_phi,
     OptSpec: write_opt,
     GatedLlama: write_gated_llama,
+    Gemma3Decoder: write_gemma3,
 }
-# Only decoders whose embedding is more than one table of its vocabulary.
+# Only decoders whose embedding is more than the rows of one table of its vocabulary.
 EmbeddingWriter = Callable[[Path, Any, WeightSource, OpenDialect | None], WrittenGraph]
-EMBEDDING_WRITERS: Mapping[type, EmbeddingWriter] = {GatedLlama: write_parted_embedding}
+EMBEDDING_WRITERS: Mapping[type, EmbeddingWriter] = {
+    GatedLlama: write_parted_embedding,
+    Gemma3Decoder: write_scaled_embedding,
+}
 
 
 def write_vision(

@@ -19,6 +19,7 @@ from exporter.families.base import PromptInputs
 from tests.support.tiny import write_tiny_model
 from tests.support.tiny_blip2 import write_tiny_blip2, write_tiny_xraygpt
 from tests.support.tiny_cnn import write_tiny_cnn
+from tests.support.tiny_gemma3 import SOFT_ID, write_tiny_gemma3
 from tests.support.tiny_idefics import write_tiny_idefics
 from tests.support.tiny_llava import write_tiny_llava, write_tiny_llava_med
 from tests.support.tiny_moondream import write_tiny_moondream
@@ -134,6 +135,12 @@ def _crops(inputs: PromptInputs) -> dict[str, torch.Tensor]:
     }
 
 
+def _kinds(inputs: PromptInputs) -> dict[str, torch.Tensor]:
+    """Images, and which tokens are theirs."""
+    kinds = (inputs.input_ids == SOFT_ID).astype(np.int64)
+    return {**_images(inputs), "token_type_ids": torch.from_numpy(kinds)[None]}
+
+
 # Images have no tiles but patches: as many as their shape asks for.
 PATCHES = {256: (64, 64), 192: (97, 31), 4: (8, 8)}
 ANYRES = {3: (60, 30), 4: (32, 96), 5: (64, 64), 17: (300, 280)}
@@ -184,6 +191,7 @@ CASES = (
         KL,
     ),
     FamilyCase("xraygpt", write_tiny_xraygpt, _images, {1: (70, 50)}, ALL, 8, KL, torch_base=False),
+    FamilyCase("gemma3", write_tiny_gemma3, _kinds, {1: (70, 50)}, "all-linear", 4, KL),
     FamilyCase("qwen2_vl", _qwen("qwen2_vl"), _patches, PATCHES, ALL, 4, QWEN_KL),
     FamilyCase("qwen2_5_vl", _qwen("qwen2_5_vl"), _patches, PATCHES, ALL, 2, QWEN_KL),
     FamilyCase(
