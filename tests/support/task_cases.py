@@ -39,6 +39,7 @@ from tests.support.task_inputs import (
 from tests.support.tiny_bert import LABELS, write_tiny_bert
 from tests.support.tiny_biomedclip import write_tiny_biomedclip
 from tests.support.tiny_biomedclipseg import plain_outputs, write_tiny_biomedclipseg
+from tests.support.tiny_chinese_clip import chinese_processor, write_tiny_chinese_clip
 from tests.support.tiny_clip import write_tiny_chexzero, write_tiny_clip
 from tests.support.tiny_clipseg import write_tiny_clipseg
 from tests.support.tiny_cris import write_tiny_cris
@@ -398,6 +399,14 @@ CASES = (
         slack=1e-6,
         targets=("qkv", "query", "value"),
         reference=biomedclip_outputs,
+    ),
+    TaskCase(
+        "chinese_clip",
+        write_tiny_chinese_clip,
+        "zero-shot",
+        chinese_processor,
+        BERT_ERROR,
+        targets=("q_proj", "v_proj", "query", "value", "text_projection"),
     ),
     TaskCase(
         "medclip",
