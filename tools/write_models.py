@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from exporter.catalog.profiles import find_model, model_profiles
-from exporter.catalog.schema import ModelProfile
+from exporter.catalog.schema import AdapterRecipe, ModelProfile
 from exporter.families.table import TASK_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,14 +41,37 @@ PROOFS: Mapping[str, str] = {
     "padded batch": "test_a_batch_of_two_with_padding",
     "int8, int4": "test_quantized_models_stay_near",
     "adapter": "test_an_adapter_merges_and_is_proven",
+    "adapter keys": "test_key_layouts_of_adapters_merge_alike",
     "without torch": "test_it_runs_without_torch",
 }
+# Columns whose tests are in files of their own, with the same rows.
+APART: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "`standard`": (
+        "tests/contract/test_standard.py",
+        (
+            "test_operators_are_those_of_the_parser",
+            "test_logits_at_two_shapes",
+            "test_greedy_tokens",
+            "test_quantized_models_equal_the_ort_dialects",
+        ),
+    ),
+    "whole build": (
+        "tests/e2e/test_family_builds.py",
+        ("test_the_command_line_builds_and_compares",),
+    ),
+}
+# Rows whose adapters have one key layout in every version; a test holds them against the rows.
+ONE_LAYOUT = ("blip2-opt", "cnn-transformer")
 # The calibrated schemes are tested apart: test file by family, or by model_type where the decoder counts.
 CALIBRATED: Mapping[str, str] = {
     "idefics3": "tests/unit/calibrate/test_quantized_walk.py",
     "llava": "tests/unit/calibrate/test_quantized_walk.py (the same Llama block)",
     "mini_gpt4": "tests/unit/families/test_blip2.py::test_calibrated_schemes_stay_near",
     "qwen_vl": "tests/contract/test_qwen.py::test_calibrated_schemes_stay_near",
+    **dict.fromkeys(
+        ("moondream", "idefics", "vision_encoder_decoder", "cnn_transformer", "blip-2"),
+        "tests/unit/calibrate/test_block_kinds.py (int4-gptq; AWQ and `mixed` are refused)",
+    ),
 }
 # The contract of models that do not caption: column, and the test that proves it.
 TASK_CONTRACT = "tests/contract/test_tasks.py"
@@ -78,7 +101,19 @@ are checked against the published facts (`tests/unit/test_profiles.py`). The col
 [{contract}](../{contract}); a cell is the test's parameter.
 
 {columns}
+{apart}
 - calibrated: GPTQ, AWQ and `mixed`, which walk the decoder block by block.
+
+"adapter keys" are those of older versions of transformers, of the model without its head, and of the
+published class. "whole build" is `medexport build` with comparison, `verify`, and `run` without torch.
+
+"""
+RECIPES = """
+### Adapter recipes
+
+What the profiles say that adapters of the model were trained on (the captioning study's, where it has the
+model). The column "adapter" trains this and finds each target in the family's modules.
+`medexport build` says where an adapter differs from it.
 
 """
 TASKS = """
@@ -106,7 +141,7 @@ def case_of(profile: ModelProfile) -> str:
 def calibrated(profile: ModelProfile) -> str:
     """The calibrated schemes' test, or why they are refused."""
     found = CALIBRATED.get(profile.family) or CALIBRATED.get(profile.facts.model_type)
-    return found or "refused: its decoder's blocks are not Llama's"
+    return found or "refused: calibration does not know its decoder's blocks"
 
 
 def render() -> str:
@@ -116,9 +151,14 @@ def render() -> str:
         profile = find_model(name)
         (planned if profile.status == "plan-only" else working).append(profile)
     columns = "\n".join(f"- {title}: `{test}`" for title, test in PROOFS.items())
-    parts = [INTRODUCTION.format(contract=CONTRACT, columns=columns), "## Working\n\n"]
-    header = ["model", "family", "licence", "`--int4`", *PROOFS, "calibrated"]
+    apart = "\n".join(_apart(title) for title in APART)
+    introduction = INTRODUCTION.format(contract=CONTRACT, columns=columns, apart=apart)
+    parts = [introduction, "## Working\n\n"]
+    header = ["model", "family", "licence", "`--int4`", *PROOFS, *APART, "calibrated"]
     parts.append(_table(header, (_row(p) for p in working if p.family not in TASK_FAMILIES)))
+    parts.append(RECIPES)
+    header = ["model", "modules", "`lora_alpha` / `r`"]
+    parts.append(_table(header, [_recipe_row(p, p.adapter) for p in working if p.adapter]))
     columns = "\n".join(f"- {title}: `{test}`" for title, test in TASK_PROOFS.items())
     parts.append(TASKS.format(contract=TASK_CONTRACT, columns=columns))
     header = ["model", "task", "family", "licence", *TASK_PROOFS]
@@ -147,9 +187,23 @@ def _task_row(profile: ModelProfile) -> list[str]:
 def _row(profile: ModelProfile) -> list[str]:
     case = case_of(profile)
     licence = (profile.hub.licence if profile.hub else None) or "not stated"
-    proofs = [f"`[{case}]`"] * len(PROOFS)
+    proofs = ["one layout" if _lacks(title, case) else f"`[{case}]`" for title in (*PROOFS, *APART)]
     scheme = profile.schemes.get("int4", "-")
     return [profile.name, profile.family, licence, scheme, *proofs, calibrated(profile)]
+
+
+def _lacks(title: str, case: str) -> bool:
+    return title == "adapter keys" and case in ONE_LAYOUT
+
+
+def _apart(title: str) -> str:
+    path, tests = APART[title]
+    return f"- {title}: [{path}](../{path}), {', '.join(f'`{test}`' for test in tests)}"
+
+
+def _recipe_row(profile: ModelProfile, recipe: AdapterRecipe) -> list[str]:
+    scaling = "not published" if recipe.scaling is None else f"{recipe.scaling:g}"
+    return [profile.name, ", ".join(f"`{target}`" for target in recipe.targets), scaling]
 
 
 def _table(header: list[str], rows: Iterator[list[str]] | list[list[str]]) -> str:

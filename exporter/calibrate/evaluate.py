@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.llama import Rotary, block_prefix, rms_norm, run_block, use_torch
+from exporter.calibrate.blocks.base import use_torch
+from exporter.calibrate.blocks.llama import LlamaBlocks, rms_norm
 from exporter.calibrate.prompts import EmbeddedPrompt
 from exporter.calibrate.states import DiskStates, MemoryStates, States
 from exporter.calibrate.walk import as_tensor, load_block
@@ -21,6 +22,7 @@ from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec
+from exporter.families.specs.walked import block_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +60,7 @@ class CaptionModel:
             or spec.head not in checkpoint
             or checkpoint.same_bytes(spec.head, spec.embedding)
         )
-        lengths = [p.length for p in prompts]
-        self._rotary = Rotary(spec, lengths, [p.positions for p in prompts])
+        self._blocks = LlamaBlocks(spec, checkpoint, prompts)
         self._stack = ExitStack()
         self._states: States = MemoryStates()
         if spill:
@@ -130,8 +131,7 @@ class CaptionModel:
             for number in range(len(self._prompts)):
                 hidden = as_tensor(states.read(layer, number))
                 with torch.inference_mode():
-                    tables = self._rotary.tables(number)
-                    after = run_block(self._spec, weights, hidden, tables)
+                    after = self._blocks.run(layer, weights, hidden, number)
                 states.write(layer + 1, number, after.numpy())
                 if states is not self._states:
                     states.spend(layer, number)

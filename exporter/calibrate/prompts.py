@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config, read_json
 from exporter.core.progress import Progress, silent
+from exporter.families.prompts.visible import VisibleImages
 from exporter.families.table import family_of
-from exporter.runtimes.base import feature_rows
 from exporter.runtimes.greedy import Positions, image_places
 from exporter.runtimes.images import open_image
 
@@ -35,7 +35,10 @@ class EmbeddedPrompt:
 
     embeds: float32 ``[S, H]``; image_positions: bool ``[S]``, True where an image feature stands;
     tokens: int64 ``[S]``; answer: the places of the caption's tokens, at the end; positions: int64
-    ``[axes, S]`` where a position is more than a place in the text.
+    ``[axes, S]`` where a position is more than a place in the text; cross: float32 ``[heads, rows,
+    head_dim]``, keys and values of each cross-attention in turn, where the decoder sees the image by
+    these; image_mask: int64 ``[S, images]``, 1 where a token sees an image, where the decoder asks;
+    prefix_length: so many of the first positions see one another.
     """
 
     embeds: NDArray[np.float32]
@@ -43,6 +46,9 @@ class EmbeddedPrompt:
     tokens: NDArray[np.int64]
     answer: slice
     positions: NDArray[np.int64] | None = None
+    cross: tuple[NDArray[np.float32], ...] = ()
+    image_mask: NDArray[np.int64] | None = None
+    prefix_length: int = 0
 
     @property
     def length(self) -> int:
@@ -68,9 +74,10 @@ def embed_prompts(
     """The decoder inputs for `cases`, computed with the float16 graphs in ``exported/onnx``.
 
     The answer is the case's caption or, where it has none, the model's own greedy caption; both
-    end after `max_answer` tokens. `merged` is the model that will be quantized: its embedding must
-    have the graphs' width. Raises `InputRefused` when a prompt does not fit, an image cannot be read,
-    or an answer has no tokens; `EnvironmentLacks` for DICOM images without pydicom.
+    end after `max_answer` tokens, or with the context. `merged` is the model that will be quantized:
+    its embedding must have the graphs' width. Raises `InputRefused` when a prompt does not fit, an
+    image cannot be read, or an answer has no tokens; `EnvironmentLacks` for DICOM images without
+    pydicom.
     """
     from exporter.runtimes.ort import OrtCaptioner
 
@@ -102,27 +109,40 @@ def _embed(
     max_answer: int,
 ) -> EmbeddedPrompt:
     preparer, engine = captioner.preparer, captioner.engine
+    prompt = prompt_for(prompt, case.modality)
     inputs = preparer.prepare([image], prompt)
-    if case.caption is None:
-        answer = list(captioner.caption(image, prompt, max_answer).tokens)
+    start, limit = len(inputs.input_ids), preparer.generation.max_positions
+    room = max(0, min(max_answer, limit - start))
+    if case.caption is None and room:
+        answer = list(captioner.caption(image, prompt, room).tokens)
     else:
-        answer = _answer_tokens(tokenizer, inputs.input_ids, case.caption)[:max_answer]
-    start = len(inputs.input_ids)
-    length, limit = start + len(answer), preparer.generation.max_positions
-    if length > limit or not answer:
+        answer = _answer_tokens(tokenizer, inputs.input_ids, case.caption or "")[:room]
+    if not answer:
         raise InputRefused(
-            f"{case.id}: {start} tokens of prompt and {len(answer)} of caption; expected at least one "
-            f"of caption and {limit} at most"
+            f"{case.id}: {start} tokens of prompt and none of caption; expected at least one of "
+            f"caption and {limit} at most in all"
         )
+    length = start + len(answer)
     tokens = np.concatenate([inputs.input_ids, np.asarray(answer, np.int64)])
-    features = feature_rows(engine.features(inputs))
-    places = np.zeros(length, np.bool_)
-    places[:start] = image_places(preparer, inputs, len(features))
     outputs = engine.embed.run(["inputs_embeds"], {"input_ids": tokens[None]})
     embeds = np.array(outputs[0][0], np.float32)
-    embeds[places] = features
-    positions = Positions(inputs).take(length)
-    return EmbeddedPrompt(embeds, places, tokens, slice(start, length), positions)
+    features, places = engine.features(inputs), np.zeros(length, np.bool_)
+    cross: tuple[NDArray[np.float32], ...] = ()
+    if isinstance(features, Mapping):
+        cross = tuple(np.array(part[0], np.float32) for part in features.values())
+    else:
+        places[:start] = image_places(preparer, inputs, len(features))
+        embeds[places] = features
+    return EmbeddedPrompt(
+        embeds,
+        places,
+        tokens,
+        slice(start, length),
+        Positions(inputs).take(length),
+        cross,
+        VisibleImages(inputs.image_mask).take(length),
+        inputs.prefix_length,
+    )
 
 
 def _answer_tokens(tokenizer: Tokenizer, prompt_ids: NDArray[np.int64], caption: str) -> list[int]:

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.llama import (
-    GROUPS,
-    Rotary,
-    block_names,
-    block_prefix,
-    run_block,
-    use_torch,
-)
+from exporter.calibrate.blocks.base import Group, use_torch
+from exporter.calibrate.blocks.table import open_blocks
 from exporter.calibrate.prompts import EmbeddedPrompt
 from exporter.calibrate.states import DiskStates, MemoryStates, States
 from exporter.calibrate.statistics import Accumulator, sampled_rows, token_weights
@@ -36,7 +30,8 @@ from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint
-from exporter.families.base import DecoderSpec
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.walked import block_prefix, block_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +42,7 @@ INDEX = "walk.json"
 
 def walk_decoder(  # noqa: PLR0913 (each is one decision of the caller)
     checkpoint: Checkpoint,
-    spec: DecoderSpec,
+    spec: TextDecoder,
     prompts: Sequence[EmbeddedPrompt],
     visit: BlockVisitor,
     *,
@@ -84,10 +79,10 @@ def walk_decoder(  # noqa: PLR0913 (each is one decision of the caller)
             spill.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(TemporaryDirectory(prefix="states-", dir=spill))
             states = DiskStates(Path(folder), needed)
-        if first == 0:
-            for number, prompt in enumerate(prompts):
-                states.write(0, number, prompt.embeds)
         walk = _Walk(checkpoint, spec, prompts, states, balance, progress)
+        if first == 0:
+            for number in range(len(prompts)):
+                states.write(0, number, walk.blocks.begin(number))
         for layer in range(first, spec.layers):
             walk.block(layer, visit)
             if keep:
@@ -106,7 +101,7 @@ class _Walk:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        spec: DecoderSpec,
+        spec: TextDecoder,
         prompts: Sequence[EmbeddedPrompt],
         states: States,
         balance: bool,
@@ -116,7 +111,7 @@ class _Walk:
         self.progress = progress
         self.weights = token_weights(prompts, balance=balance)
         self.rows = sampled_rows(prompts)
-        self.rotary = Rotary(spec, [p.length for p in prompts], [p.positions for p in prompts])
+        self.blocks = open_blocks(checkpoint, spec, prompts)
 
     def block(self, layer: int, visit: BlockVisitor) -> None:
         """Both passes of one block and the visit between them."""
@@ -136,14 +131,15 @@ class _Walk:
         """The first pass: statistics by full name of each matrix."""
         import torch
 
-        sums = {group: Accumulator(weights[group[0]].shape[1]) for group in GROUPS}
+        groups = self.blocks.groups(layer)
+        sums = {group: Accumulator(weights[group[0]].shape[1]) for group in groups}
         for number in range(len(self.weights)):
             self._tell(layer, 0, number)
             counts = torch.from_numpy(self.weights[number])
             rows = self.rows[number]
 
             def observe(
-                group: tuple[str, ...],
+                group: Group,
                 x: torch.Tensor,
                 counts: torch.Tensor = counts,
                 rows: NDArray[np.int64] = rows,
@@ -158,10 +154,10 @@ class _Walk:
 
             hidden = as_tensor(self.states.read(layer, number))
             with torch.inference_mode():
-                run_block(self.spec, weights, hidden, self.rotary.tables(number), observe)
+                self.blocks.run(layer, weights, hidden, number, observe)
         prefix = block_prefix(self.spec, layer)
         found: dict[str, InputStatistics] = {}
-        for group in GROUPS:
+        for group in groups:
             statistics = sums.pop(group).result()
             found |= {prefix + name: statistics for name in group}
         return found
@@ -174,7 +170,7 @@ class _Walk:
             self._tell(layer, 1, number)
             hidden = as_tensor(self.states.read(layer, number))
             with torch.inference_mode():
-                after = run_block(self.spec, weights, hidden, self.rotary.tables(number))
+                after = self.blocks.run(layer, weights, hidden, number)
             self.states.write(layer + 1, number, after.numpy())
             self.states.spend(layer, number)
 
@@ -184,22 +180,21 @@ class _Walk:
         self.progress(done, 2 * self.spec.layers * count, f"block {layer}")
 
 
-def load_block(checkpoint: Checkpoint, spec: DecoderSpec, layer: int) -> dict[str, torch.Tensor]:
-    """The float32 tensors of one block by their names within it.
+def load_block(checkpoint: Checkpoint, spec: TextDecoder, layer: int) -> dict[str, torch.Tensor]:
+    """The float32 tensors of one block by their names within it, matrices as ``[outputs, inputs]``.
 
     Raises `InputRefused` when one is missing or of another shape than `spec` says.
     """
     prefix = block_prefix(spec, layer)
-    shapes = {tensor.name: tensor.shape for tensor in spec.tensors()}
     found = {}
-    for name in block_names(spec, layer):
-        expected = shapes[name]
-        if checkpoint.info(name).shape != expected:
+    for tensor in block_tensors(spec, layer):
+        shape = checkpoint.info(tensor.name).shape
+        if shape != tensor.shape:
             raise InputRefused(
-                f"tensor '{name}' is {list(checkpoint.info(name).shape)}; expected {list(expected)} "
-                "by config.json"
+                f"tensor '{tensor.name}' is {list(shape)}; expected {list(tensor.shape)} by config.json"
             )
-        found[name.removeprefix(prefix)] = as_tensor(checkpoint.float32(name))
+        values = checkpoint.float32(tensor.name)
+        found[tensor.name.removeprefix(prefix)] = as_tensor(values.T if tensor.turned else values)
     return found
 
 
@@ -225,28 +220,31 @@ def _checked(changed: Mapping[str, Array], block: Mapping[str, Array]) -> Mappin
 class _Identity:
     """What makes two walks the same, for `keep`."""
 
-    spec: DecoderSpec
+    spec: TextDecoder
     tensors: str
     prompts: str
     balance: bool
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, spec: DecoderSpec, prompts: Sequence[EmbeddedPrompt], balance: bool
+    checkpoint: Checkpoint, spec: TextDecoder, prompts: Sequence[EmbeddedPrompt], balance: bool
 ) -> str:
-    """Digest of the spec, the checkpoint's table and norms, and the prompts."""
+    """Digest of the spec, the checkpoint's table, norms and biases, and the prompts."""
     tensors = hashlib.sha256()
     for name, info in sorted(checkpoint.tensors.items()):
         tensors.update(f"{name} {info.dtype} {info.shape}\n".encode())
     for layer in range(spec.layers):
-        # Norms stand for the values: reading 14 GB again would cost more than a resume saves.
-        for name in block_names(spec, layer)[:2]:
-            tensors.update(checkpoint.raw(name).tobytes())
+        # Vectors stand for the values: reading 14 GB again would cost more than a resume saves.
+        for tensor in block_tensors(spec, layer):
+            if len(tensor.shape) == 1:
+                tensors.update(checkpoint.raw(tensor.name).tobytes())
     inputs = hashlib.sha256()
     for prompt in prompts:
-        for array in (prompt.embeds, prompt.image_positions, prompt.tokens, prompt.positions):
+        arrays = (prompt.embeds, prompt.image_positions, prompt.tokens, prompt.positions)
+        for array in (*arrays, prompt.image_mask, *prompt.cross):
             if array is not None:
                 inputs.update(np.ascontiguousarray(array).data)
+        inputs.update(f"{prompt.prefix_length}\n".encode())
     identity = _Identity(spec, tensors.hexdigest(), inputs.hexdigest(), balance)
     return sha256_json(asdict(identity))
 

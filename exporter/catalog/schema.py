@@ -25,10 +25,12 @@ class Hub(Struct, frozen=True):
 
 
 class Prompts(Struct, frozen=True):
-    """The instruction given with each image; `modality_aware` has one per modality."""
+    """The instruction given with each image; `modality_aware` names the image's modality, for which
+    ``{modality}`` stands in it ("": none).
+    """
 
     default: str
-    modality_aware: dict[str, str] = {}
+    modality_aware: str = ""
 
 
 class AdapterRecipe(Struct, frozen=True):

@@ -52,9 +52,9 @@ def probe_case(
     blank = Image.new("L", image.size, GRAY)
     # If the blank image's caption is longer and begins alike, it is the same caption for us.
     length = min(job.max_new_tokens, max(1, len(caption.tokens)))
-    inputs = captioner.preparer.prepare([image], job.prompt)
+    inputs = captioner.preparer.prepare([image], job.asked(case))
     return Probe(
-        blank=list(captioner.caption(blank, job.prompt, length).tokens),
+        blank=list(captioner.caption(blank, job.asked(case), length).tokens),
         prompt=sha256_bytes(inputs.input_ids.tobytes()),
         retold=None if reference is None else captioner.preparer.decode(reference),
     )

@@ -110,7 +110,8 @@ def _check_report(
     write_atomic(folder / "result.json", msgspec.json.encode(stored))
     setting = Setting(
         cases=tuple(
-            JobCase(c.id, str(c.image.resolve()), sha256_file(c.image)) for c in question.cases
+            JobCase(c.id, str(c.image.resolve()), sha256_file(c.image), c.modality)
+            for c in question.cases
         ),
         prompt=question.prompt,
         max_new_tokens=question.max_new_tokens,

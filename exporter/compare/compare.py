@@ -62,7 +62,9 @@ def compare_models(
     check_candidates(candidates)
     _check_cases(cases)
     setting = Setting(
-        cases=tuple(JobCase(c.id, str(c.image.resolve()), sha256_file(c.image)) for c in cases),
+        cases=tuple(
+            JobCase(c.id, str(c.image.resolve()), sha256_file(c.image), c.modality) for c in cases
+        ),
         prompt=prompt,
         max_new_tokens=max_new_tokens,
         threads=threads,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from exporter.compare.gpu import GpuUse
 from exporter.compare.process import answered, ask, read_answer
 from exporter.compare.quality.distribution import compare_logits
+from exporter.core.cases import prompt_for
 from exporter.core.digest import sha256_json
 from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
@@ -22,11 +23,14 @@ Role = Literal["reference", "candidate", "speed"]
 
 
 class JobCase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One image to caption; the digest makes a cached result of another image useless."""
+    """One image to caption; the digest makes a cached result of another image useless. `modality`
+    goes into instructions that name it.
+    """
 
     id: str
     image: str
     sha256: str
+    modality: str = ""
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +61,10 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     perturbed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+
+    def asked(self, case: JobCase) -> str:
+        """The instruction that `case` gets. Raises `InputRefused` as `core.cases.prompt_for`."""
+        return prompt_for(self.prompt, case.modality)
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare.probes import Probe, make_probes
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.core.errors import ParityFailed, WrongUsage
 from exporter.core.modelfiles import read_config
 from exporter.core.progress import Progress, silent
@@ -163,7 +163,10 @@ def _ask_torch(
         logits = torch_model.score(probe.image, probe.prompt, said.tokens)
         truths.append(_Truth(_torch_features(torch_model, probe), said.tokens, logits))
     spoken = [
-        torch_model.caption(open_image(c.image), prompt, max_new_tokens).tokens for c in cases
+        torch_model.caption(
+            open_image(c.image), prompt_for(prompt, c.modality), max_new_tokens
+        ).tokens
+        for c in cases
     ]
     return truths, spoken
 
@@ -208,15 +211,15 @@ def _same_tokens(
     exported: OrtCaptioner, case: Case, prompt: str, tokens: tuple[int, ...], max_new_tokens: int
 ) -> bool:
     """False when the caption is identical, True when it parts at a tie. Raises `ParityFailed`."""
-    image = open_image(case.image)
-    said = exported.caption(image, prompt, max_new_tokens)
+    image, asked = open_image(case.image), prompt_for(prompt, case.modality)
+    said = exported.caption(image, asked, max_new_tokens)
     if said.tokens == tokens:
         return False
     place = next(
         (i for i, (a, b) in enumerate(zip(tokens, said.tokens, strict=False)) if a != b),
         min(len(tokens), len(said.tokens)),
     )
-    row = exported.score(image, prompt, tokens[:place])[place]
+    row = exported.score(image, asked, tokens[:place])[place]
     first, second = np.sort(row)[::-1][:2]
     if first - second <= TIE * float(row.std()):
         return True

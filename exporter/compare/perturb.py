@@ -90,7 +90,7 @@ def perturbed_captions(captioner: Captioner, job: Job, case: JobCase) -> dict[st
     image = open_image(Path(case.image))
     return {
         p.name: captioner.caption(
-            perturb(image, p, case.sha256), job.prompt, job.max_new_tokens
+            perturb(image, p, case.sha256), job.asked(case), job.max_new_tokens
         ).text
         for p in PERTURBATIONS
     }

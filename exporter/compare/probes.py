@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL.Image import Image
 
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.families.base import Preparer, PromptInputs
 from exporter.runtimes.images import open_image
 
@@ -29,11 +29,11 @@ class Probe:
 
 def make_probes(preparer: Preparer, cases: Sequence[Case], prompt: str) -> list[Probe]:
     """Crops of the first and the last case's image, each with another of three prompts."""
-    prompts = (prompt, SHORT, f"{prompt} {prompt}")
     chosen = [cases[0], cases[-1]][: min(PROBE_IMAGES, len(cases))]
     probes: list[Probe] = []
     for case in chosen:
-        image = open_image(case.image)
+        image, asked = open_image(case.image), prompt_for(prompt, case.modality)
+        prompts = (asked, SHORT, f"{asked} {asked}")
         for width, height in CROPS:
             # The same crop meets another prompt on the next image.
             text = prompts[len(probes) % len(prompts)]

@@ -148,13 +148,13 @@ def _reference_tokens(job: Job) -> dict[str, list[int]]:
 
 
 def _caption(captioner: Probed, job: Job, case: JobCase) -> Caption:
-    return captioner.caption(open_image(Path(case.image)), job.prompt, job.max_new_tokens)
+    return captioner.caption(open_image(Path(case.image)), job.asked(case), job.max_new_tokens)
 
 
 def _score(
     captioner: Probed, job: Job, case: JobCase, tokens: Sequence[int]
 ) -> NDArray[np.float32]:
-    return captioner.score(open_image(Path(case.image)), job.prompt, tokens)
+    return captioner.score(open_image(Path(case.image)), job.asked(case), tokens)
 
 
 def _compare(

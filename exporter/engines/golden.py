@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from exporter.core.artifact import write_atomic
+from exporter.core.cases import prompt_for
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, ParityFailed
 from exporter.core.progress import Progress, silent
@@ -27,11 +28,14 @@ FILE = "self-test.json"
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """An image and the tokens of its caption as recorded; None: the graph is asked."""
+    """An image and the tokens of its caption as recorded; None: the graph is asked. `modality` goes
+    into an instruction that names it.
+    """
 
     id: str
     image: Path
     tokens: tuple[int, ...] | None = None
+    modality: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,16 @@ def self_test(
     opened: Captioner | None = None
     for done, case in enumerate(golden.cases):
         progress(done, len(golden.cases), case.id)
-        image = open_image(case.image)
-        said = engine.caption(image, golden.prompt, golden.max_new_tokens).tokens
+        image, asked = open_image(case.image), prompt_for(golden.prompt, case.modality)
+        said = engine.caption(image, asked, golden.max_new_tokens).tokens
         expected = case.tokens
         if expected is None:
             opened = opened or graph()
-            expected = opened.caption(image, golden.prompt, golden.max_new_tokens).tokens
+            expected = opened.caption(image, asked, golden.max_new_tokens).tokens
         where = first_difference(said, expected)
         gap = None
         if where is not None and where < min(len(said), len(expected)):
-            row = engine.score(image, golden.prompt, said[:where])[-1]
+            row = engine.score(image, asked, said[:where])[-1]
             gap = float(np.float64(row[said[where]]) - np.float64(row[expected[where]]))
         source = "onnx" if case.tokens is None else "recorded"
         results.append(GoldenResult(case.id, source, len(expected), where, gap))

@@ -41,17 +41,15 @@ Feed = Mapping[str, NDArray[Any]]
 class TensorSpec:
     """A tensor of the architecture by its name in the checkpoint; `reason` why role "float" is float.
 
-    `inputs`: calibration sees what a linear layer is multiplied with. `used`: whether a graph takes
-    it; one that is not used has role "float", and its reason says why. `turned`: a linear layer that
-    the checkpoint stores as ``[inputs, outputs]`` (GPT-2's Conv1D), which `shape` then is too; packed
-    matrices are ``[outputs, inputs]`` for all layers.
+    `used`: whether a graph takes it; one that is not used has role "float", and its reason says why.
+    `turned`: a linear layer that the checkpoint stores as ``[inputs, outputs]`` (GPT-2's Conv1D),
+    which `shape` then is too; packed matrices are ``[outputs, inputs]`` for all layers.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role = "float"
     reason: str = ""
-    inputs: bool = False
     used: bool = True
     turned: bool = False
 
@@ -167,7 +165,7 @@ class DecoderSpec:
             layer = f"{self.prefix}layers.{i}."
             yield TensorSpec(layer + "input_layernorm.weight", hidden, reason=NORM)
             for name, shape in self.matrix_shapes().items():
-                yield TensorSpec(f"{layer}{name}.weight", shape, "decoder", inputs=True)
+                yield TensorSpec(f"{layer}{name}.weight", shape, "decoder")
                 if self.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
                     yield TensorSpec(f"{layer}{name}.bias", shape[:1], reason=BIAS)
             yield TensorSpec(layer + "post_attention_layernorm.weight", hidden, reason=NORM)

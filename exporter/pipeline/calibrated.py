@@ -15,12 +15,11 @@ from exporter.calibrate.prompts import EmbeddedPrompt, embed_prompts
 from exporter.calibrate.sets import open_set
 from exporter.calibrate.walk import walk_decoder
 from exporter.core.artifact import write_atomic
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.core.digest import canonical_json, sha256_json
 from exporter.core.modelfiles import read_config, read_json
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import Checkpoint
-from exporter.families.specs.llama import require_llama
 from exporter.families.table import family_of
 from exporter.quantizers.plan import plan_layers
 from exporter.quantizers.schemes import Scheme
@@ -63,16 +62,22 @@ class Calibration:
 def open_calibration(
     name: str, samples: int, prompt: str | None, evaluation: ImageSet | None, *, seed: int = 0
 ) -> Calibration:
-    """An image set with `samples` of its cases (0: all) drawn by `seed`, modalities in equal numbers.
+    """An image set with `samples` of its cases (0: all) drawn by `seed`, modalities in equal numbers;
+    `prompt` is the set's own when None.
 
-    Raises `InputRefused` when it shares an image or a patient with `evaluation`.
+    Raises `InputRefused` when it shares an image or a patient with `evaluation`, or where the prompt
+    names a modality that a case does not have.
     """
     images = open_set(name)
     if evaluation is not None:
         refuse_overlap(images, evaluation)
     cases = images.cases()
     drawn = draw_cases(cases, samples or len(cases), seed=seed)
-    return Calibration(images, drawn, prompt or images.prompt, seed)
+    # An empty prompt is one: models trained without an instruction begin with it.
+    asked = images.prompt if prompt is None else prompt
+    for case in drawn:
+        prompt_for(asked, case.modality)
+    return Calibration(images, drawn, asked, seed)
 
 
 def claim_scratch(scratch: Path, identity: str) -> None:
@@ -108,7 +113,7 @@ def quantize_calibrated(
     """
     config = read_config(merged / "config.json")
     family = family_of(config)
-    decoder = require_llama(family.decoder_spec(config), f"scheme {scheme.name}")
+    decoder = family.decoder_spec(config)
     tower = family.tower_spec(config)
     checkpoint = Checkpoint.open(merged)
     plans = plan_layers(checkpoint, decoder, tower, scheme)

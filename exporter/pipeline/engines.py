@@ -44,23 +44,14 @@ class SiteRequest:
 def build_site_engines(bundle: Path, asked: SiteRequest, *, progress: Progress = silent) -> Rebuilt:
     """Build engines from a bundle's graphs on this machine, and prove them on golden cases.
 
-    Raises `EnvironmentLacks` without TensorRT or a GPU, `InputRefused` for a bundle of another
-    dialect, `ParityFailed` when captions differ: the engines are deleted then.
+    Raises `InputRefused` for a bundle that engines are not built from, `EnvironmentLacks` without
+    TensorRT or a GPU, `ParityFailed` when captions differ: the engines are deleted then.
     """
+    manifest = require_engine_bundle(bundle)
     load_tensorrt()  # before gigabytes are read
     if asked.check_files:
         manifest = verify_bundle(bundle, progress=progress).manifest
-    else:
-        manifest = read_manifest(bundle)
     record = bundle / "reports" / EXPORT
-    if manifest.dialect != "standard" or not record.is_file():
-        lacks = (
-            f"has no reports/{EXPORT}" if manifest.dialect == "standard" else "is not for TensorRT"
-        )
-        raise InputRefused(
-            f"{bundle}: its dialect is '{manifest.dialect}' and it {lacks}; expected graphs of the "
-            "standard dialect with their optimization profiles: build it with --format tensorrt"
-        )
     options = EngineOptions(
         version_compatible=asked.version_compatible,
         weight_streaming=asked.weight_streaming,
@@ -79,6 +70,33 @@ def build_site_engines(bundle: Path, asked: SiteRequest, *, progress: Progress =
     )
 
 
+def require_engine_bundle(bundle: Path) -> Manifest:
+    """The manifest of a bundle whose graphs engines can be built from; no file beside it is read.
+
+    Raises `InputRefused` when there is no bundle, when its model does not caption, and when its graphs
+    are of another dialect or come without optimization profiles.
+    """
+    if not bundle.is_dir():
+        raise InputRefused(f"{bundle}: no such folder; expected a bundle")
+    manifest = read_manifest(bundle)
+    if manifest.usage.task != "caption":
+        raise InputRefused(
+            f"{bundle}: a {manifest.usage.task} model; engines are built for models that caption, use "
+            f"`medexport run {bundle}` on the CPU"
+        )
+    if manifest.dialect != "standard":
+        raise InputRefused(
+            f"{bundle}: its dialect is '{manifest.dialect}', which is not for TensorRT; expected graphs "
+            "of the standard dialect: build it with --format tensorrt"
+        )
+    if not (bundle / "reports" / EXPORT).is_file():
+        raise InputRefused(
+            f"{bundle}: has no reports/{EXPORT}, which holds the optimization profiles of its graphs; "
+            "build it again with --format tensorrt"
+        )
+    return manifest
+
+
 def _golden(bundle: Path, manifest: Manifest, asked: SiteRequest) -> Golden:
     """Cases of an image set, with the tokens that the bundle's own comparison recorded for them."""
     usage = manifest.usage
@@ -90,7 +108,8 @@ def _golden(bundle: Path, manifest: Manifest, asked: SiteRequest) -> Golden:
     )
     said = _recorded(bundle, manifest)
     cases = [
-        GoldenCase(c.id, c.image, said.get((c.id, sha256_file(c.image)))) for c in chosen.cases
+        GoldenCase(c.id, c.image, said.get((c.id, sha256_file(c.image))), c.modality)
+        for c in chosen.cases
     ]
     return Golden(cases, usage.prompt, usage.max_new_tokens)
 

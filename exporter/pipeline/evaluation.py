@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.calibrate.sets import ImageSet, open_set
 from exporter.catalog.schema import Gate
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.core.progress import Progress, silent
 from exporter.runtimes.threads import usable_cores
 
@@ -60,14 +60,19 @@ def open_evaluation(
     """An image set by name or folder, its hashes checked, with `limit` of its cases (0: all).
 
     A limited run sees every modality and is a smoke test. Without `gate` the usual margins hold.
-    `robustness` cases are also captioned under small perturbations when models are compared.
+    `robustness` cases are also captioned under small perturbations when models are compared. Raises
+    `InputRefused` where the prompt names a modality that a case does not have.
     """
     images = open_set(name)
+    cases = spread(images.cases(), limit)
+    # An empty prompt is one: models trained without an instruction want it.
+    asked = images.prompt if prompt is None else prompt
+    for case in cases:
+        prompt_for(asked, case.modality)  # before anything is built
     return Evaluation(
         images=images,
-        cases=spread(images.cases(), limit),
-        # An empty prompt is one: models trained without an instruction want it.
-        prompt=images.prompt if prompt is None else prompt,
+        cases=cases,
+        prompt=asked,
         max_new_tokens=max_new_tokens,
         threads=threads or usable_cores(),
         gate=gate or Gate(),

@@ -9,12 +9,12 @@ from typing import Any
 from exporter.adapters.base import open_newest
 from exporter.families.base import DecoderSpec
 from exporter.families.checkpoints import published_config
-from exporter.families.specs.llama import require_llama
+from exporter.families.specs.walked import require_folding
 from exporter.families.table import family_of, task_family_of
 from exporter.pipeline.budget import Budget
 from exporter.pipeline.mixed import HELD_OUT_SAMPLES, SENSITIVITY_SAMPLES
 from exporter.pipeline.tradeoff import POINTS, Chooser
-from exporter.quantizers.plan import refuse_calibrated
+from exporter.quantizers.plan import refuse_calibrated, refuse_decoder
 from exporter.quantizers.schemes import Scheme
 from exporter.quantizers.units import FLOAT16, Unit, plan_units
 
@@ -77,7 +77,7 @@ def check_scheme(folder: Path, scheme: Scheme, budget: Budget) -> None:
         task = task_family_of(config)
         if task is not None:
             refuse_calibrated(task, scheme)
-        require_llama(family_of(config).decoder_spec(config), f"scheme {scheme.name}")
+        refuse_decoder(family_of(config).decoder_spec(config), scheme)
     if scheme.choices:
         forecast(folder, scheme, budget)
 
@@ -86,7 +86,7 @@ def forecast(folder: Path, scheme: Scheme, budget: Budget) -> Forecast:
     """The forecast for a float model folder. Raises `InputRefused` when the size cannot be met."""
     config = published_config(folder)
     family = family_of(config)
-    decoder = require_llama(family.decoder_spec(config), f"scheme {scheme.name}")
+    decoder = require_folding(family.decoder_spec(config), f"scheme {scheme.name}")
     tower = family.tower_spec(config)
     plans = plan_units(open_newest(folder), decoder, tower, scheme)
     chooser = Chooser(plans, budget)

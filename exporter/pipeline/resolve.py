@@ -9,25 +9,26 @@ from typing import Any
 
 import msgspec
 
-from exporter.catalog.profiles import find_model
+from exporter.catalog.profiles import find_model, model_profiles
 from exporter.catalog.schema import Facts, ModelProfile, Prompts
 from exporter.core.data import data_root
 from exporter.core.digest import sha256_tree
 from exporter.core.errors import EnvironmentLacks, InputRefused, WrongUsage, require
 from exporter.core.modelfiles import SMALL_FILES
 from exporter.core.tensors import Checkpoint, total_bytes
-from exporter.families.base import DecoderSpec
 from exporter.families.check import check_config
 from exporter.families.checkpoints import published_config
+from exporter.families.specs.walked import walked_kind
 from exporter.families.table import FAMILIES, TASK_FAMILIES, family_of, task_family_of
 from exporter.families.tasks import Task
 from exporter.quantizers.schemes import base_name
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 # What --int4 means where a profile does not say. GPTQ has the lowest KL of all methods on both demo
-# models (docs/quantization.md); it walks Llama blocks, other decoders are rounded plainly.
+# models (docs/quantization.md), and 0.1 to 0.5 of plain rounding's on random models of every kind of
+# decoder whose blocks it walks (test_block_kinds.py); other models are rounded plainly.
 DEFAULT_SCHEMES = {"int4": "int4-rtn"}
-LLAMA_SCHEMES = {"int4": "int4-gptq"}
+WALKED_SCHEMES = {"int4": "int4-gptq"}
 GENERIC_PROMPT = "Describe the image."
 
 
@@ -75,13 +76,16 @@ def resolve(
 ) -> Resolved:
     """Find the profile, the checkpoint and the adapters; check the headers; digest the content.
 
-    `model` is a profile's name, a profile file or a model folder. Without `weights` the checkpoint
-    is the built-in one, or the hub's (the only network access there is, and none when `offline`).
+    `model` is a profile's name, a profile file or a model folder (see `is_model_folder`). Without
+    `weights` the checkpoint is the built-in one, or the hub's (the only network access there is, and
+    none when `offline`).
     Raises `WrongUsage`, `InputRefused` or `EnvironmentLacks`.
     """
     profile = folder_profile(Path(model)) if is_model_folder(model) else find_model(model)
     refuse_plan_only(profile)
-    base = weights or (Path(model) if is_model_folder(model) else _own_weights(profile, offline))
+    base = weights or (
+        Path(model) if is_model_folder(model) else _own_weights(profile, model, offline)
+    )
     if not base.is_dir():
         raise InputRefused(f"{base}: no such folder; expected a model folder with safetensors")
     config = published_config(base)
@@ -142,8 +146,13 @@ def digest_model(folder: Path, checkpoint: Checkpoint) -> str:
 
 
 def is_model_folder(model: str) -> bool:
-    """Whether `model` is a folder with a config.json rather than a profile's name."""
-    return (Path(model) / "config.json").is_file()
+    """Whether `model` is a folder with a config.json rather than a profile's name or alias.
+
+    A profile goes before a folder of its name, which is meant with a path separator: ``./smolvlm``.
+    """
+    return _has_config(model) and not any(
+        model in (profile.name, *profile.aliases) for profile in model_profiles().values()
+    )
 
 
 def folder_profile(folder: Path) -> ModelProfile:
@@ -154,7 +163,7 @@ def folder_profile(folder: Path) -> ModelProfile:
     if task_family_of(config) is None:
         family = family_of(config)
         prompt = getattr(family, "DEFAULT_PROMPT", GENERIC_PROMPT)
-        schemes = LLAMA_SCHEMES if isinstance(family.decoder_spec(config), DecoderSpec) else {}
+        schemes = WALKED_SCHEMES if walked_kind(family.decoder_spec(config)) else {}
     return ModelProfile(
         name=folder.resolve().name,
         title=f"model folder {folder.resolve().name}",
@@ -166,11 +175,18 @@ def folder_profile(folder: Path) -> ModelProfile:
     )
 
 
-def _own_weights(profile: ModelProfile, offline: bool) -> Path:
+def _has_config(model: str) -> bool:
+    return (Path(model) / "config.json").is_file()
+
+
+def _own_weights(profile: ModelProfile, model: str, offline: bool) -> Path:
     if profile.builtin:
         return data_root("profiles") / profile.builtin.model
+    folder = f", or --model ./{model} to mean the folder of that name" if _has_config(model) else ""
     if profile.hub is None:
-        raise WrongUsage(f"profile '{profile.name}' names no hub repository; give --weights DIR")
+        raise WrongUsage(
+            f"profile '{profile.name}' names no hub repository; give --weights DIR{folder}"
+        )
     require("huggingface_hub", "build")
     from huggingface_hub import snapshot_download
 
@@ -187,7 +203,7 @@ def _own_weights(profile: ModelProfile, offline: bool) -> Path:
         why = "not in the local cache, and --offline was given" if offline else type(error).__name__
         raise EnvironmentLacks(
             f"{profile.hub.id}: no weights ({why}); download the repository where there is a "
-            "network and give --weights DIR"
+            f"network and give --weights DIR{folder}"
         ) from error
 
 

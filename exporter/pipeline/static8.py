@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.core.artifact import write_atomic
+from exporter.core.cases import prompt_for
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused, WrongUsage
 from exporter.core.modelfiles import read_config
@@ -79,7 +80,9 @@ def quantize_static(
 
     def feeds() -> Iterator[Feed]:
         for case in cases:
-            yield from preparer.prepare([open_image(case.image)], calibration.prompt).vision
+            yield from preparer.prepare(
+                [open_image(case.image)], prompt_for(calibration.prompt, case.modality)
+            ).vision
 
     settings = SmoothSettings()
     turned = frozenset(p.name for p in plan if p.turned)

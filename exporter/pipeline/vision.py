@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.core.cases import Case
+from exporter.core.cases import Case, prompt_for
 from exporter.core.modelfiles import read_config
 from exporter.core.tensors import Checkpoint
 from exporter.families.table import family_of
@@ -58,7 +58,8 @@ class VisionVariants:
         session = open_session(self.scratch / GRAPH, self.threads)
         found = []
         for case in self.cases:
-            inputs = preparer.prepare([open_image(case.image)], self.prompt)
+            asked = prompt_for(self.prompt, case.modality)
+            inputs = preparer.prepare([open_image(case.image)], asked)
             found.append(image_rows(session, inputs))
         shutil.rmtree(self.scratch)
         return found

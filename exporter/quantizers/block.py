@@ -13,6 +13,7 @@ from exporter.core.activations import InputStatistics
 from exporter.core.blocks import BlockFormat, PackedMatrix, dequantize
 from exporter.core.errors import InputRefused
 from exporter.families.base import DecoderSpec
+from exporter.families.specs.decoder import TextDecoder
 from exporter.quantizers.awq import (
     FoldPair,
     awq_scales,
@@ -28,6 +29,7 @@ from exporter.quantizers.hessian import mean_square
 from exporter.quantizers.hqq import hqq_matrix
 from exporter.quantizers.plan import LayerPlan
 from exporter.quantizers.rtn import quantize_matrix
+from exporter.quantizers.schemes import CALIBRATED
 
 Array = NDArray[np.float32]
 FOLDING = frozenset({"awq", "awq+gptq"})
@@ -58,7 +60,7 @@ class Folded:
 
 def quantize_block(
     layer: int,
-    spec: DecoderSpec,
+    spec: TextDecoder,
     plans: Sequence[LayerPlan],
     weights: Mapping[str, Array],
     inputs: Mapping[str, InputStatistics],
@@ -66,19 +68,22 @@ def quantize_block(
 ) -> BlockResult:
     """Quantize the matrices of a block as their plans say.
 
-    `weights` and `inputs` as a `BlockVisitor` gets them. Errors are relative to the matrix as it is
-    quantized, with scales folded in. Raises `InputRefused` when inputs of a planned matrix are missing.
+    `weights` and `inputs` as a `BlockVisitor` gets them. Scales are folded into Llama blocks alone.
+    Errors are relative to the matrix as it is quantized, with scales folded in. Raises `InputRefused`
+    when inputs of a matrix are missing that its method needs.
     """
-    missing = [p.name for p in plans if p.format and p.name not in inputs]
+    missing = [p.name for p in plans if p.method in CALIBRATED and p.name not in inputs]
     if missing:
         raise InputRefused(
             f"block {layer}: no inputs were seen for '{missing[0]}'; expected statistics of every "
             "quantized matrix"
         )
-    result, folded = BlockResult(), fold_block(layer, spec, plans, weights, inputs)
+    result, folded = BlockResult(), Folded(dict(weights))
+    if isinstance(spec, DecoderSpec):
+        folded = fold_block(layer, spec, plans, weights, inputs)
     for plan in plans:
         if plan.format:
-            _quantize(plan, folded, inputs[plan.name], settings, result)
+            _quantize(plan, folded, inputs.get(plan.name), settings, result)
     changed = {n for n, w in folded.weights.items() if w is not weights[n]}
     for name in sorted(changed - result.packed.keys()):
         result.floats[name] = folded.weights[name]
@@ -127,30 +132,37 @@ def _fold(pair: FoldPair, fmt: BlockFormat, stats: InputStatistics, folded: Fold
 def _quantize(
     plan: LayerPlan,
     folded: Folded,
-    stats: InputStatistics,
+    stats: InputStatistics | None,
     settings: GptqSettings,
     result: BlockResult,
 ) -> None:
     name, weight = plan.name, folded.weights[plan.name]
-    if name in folded.scales:
+    if stats is not None and name in folded.scales:
         stats = scaled_statistics(stats, folded.scales[name])
     packed, notes = _packed(plan, weight, stats, settings)
-    guards = guard(packed, stats.second_moment.diagonal(), of="inputs", name=name)
     values = dequantize(packed)
     values -= weight
     result.packed[name] = packed
     result.errors[name] = _ratio(float(np.linalg.norm(values)), float(np.linalg.norm(weight)))
+    if stats is None:
+        squares = np.einsum("nk,nk->k", weight, weight)
+        guards = guard(packed, squares.astype("f8"), of="weights", name=name)
+        result.notes[name] = {**notes, **guards.document()}
+        return
+    guards = guard(packed, stats.second_moment.diagonal(), of="inputs", name=name)
     lost, whole = mean_square(values, stats), mean_square(weight, stats)
     measured = {"output_error": float(np.sqrt(_ratio(max(lost, 0.0), whole)))}
     result.notes[name] = {**folded.notes.get(name, {}), **notes, **measured, **guards.document()}
 
 
 def _packed(
-    plan: LayerPlan, weight: Array, stats: InputStatistics, settings: GptqSettings
+    plan: LayerPlan, weight: Array, stats: InputStatistics | None, settings: GptqSettings
 ) -> tuple[PackedMatrix, dict[str, Any]]:
     fmt, name = plan.format, plan.name
     if fmt is None:
         raise ValueError(f"{name} is not quantized")
+    if stats is None:
+        return _rounded(plan, fmt, weight), {}
     match plan.method:
         case "gptq" | "awq+gptq":
             done = gptq_matrix(weight, fmt, stats, settings, name=name)
@@ -162,13 +174,22 @@ def _packed(
             return done.packed, notes
         case "awq":
             return clip_matrix(weight, fmt, stats, name=name), {}
+        case _:
+            return _rounded(plan, fmt, weight), {}
+
+
+def _rounded(plan: LayerPlan, fmt: BlockFormat, weight: Array) -> PackedMatrix:
+    """A matrix by a method that looks at its weights alone."""
+    match plan.method:
         case "hqq":
-            return hqq_matrix(weight, fmt, name=name), {}
+            return hqq_matrix(weight, fmt, name=plan.name)
         case "rtn" | "rtn-mse":
             search = plan.method == "rtn-mse"
-            return quantize_matrix(weight, fmt, search=search, name=name), {}
-        case "none" | "bnb-nf4" | "bnb-int8" | "smoothquant":
-            raise ValueError(f"{name} is planned as {plan.method}, which no block is quantized by")
+            return quantize_matrix(weight, fmt, search=search, name=plan.name)
+        case _:
+            raise ValueError(
+                f"{plan.name} is planned as {plan.method}, which no block is quantized by"
+            )
 
 
 def _ratio(part: float, whole: float) -> float:

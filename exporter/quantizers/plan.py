@@ -19,7 +19,7 @@ from exporter.core.static8 import static_shapes
 from exporter.core.tensors import FLOATS, ITEM_BYTES, Checkpoint
 from exporter.families.base import BUFFERS, Role, TensorSpec, VisionSpec
 from exporter.families.specs.decoder import TextDecoder
-from exporter.families.specs.llama import require_llama
+from exporter.families.specs.walked import require_folding, require_walked, seen_matrices
 from exporter.families.table import family_of, task_family_of
 from exporter.families.tasks import TaskFamily, task_tensors
 from exporter.quantizers.packing import MIN_BLOCK, packed_bytes
@@ -111,7 +111,9 @@ def plan_task(
     refuse_calibrated(family, scheme)
     expected = task_tensors(family, config)
     _refuse_strangers(checkpoint, {e.name for e in expected})
-    return tuple(_planned(checkpoint, e, _by_role(e.role, scheme), scheme) for e in expected)
+    return tuple(
+        _planned(checkpoint, e, _by_role(e.role, scheme), scheme, seen=False) for e in expected
+    )
 
 
 def refuse_calibrated(family: TaskFamily, scheme: Scheme) -> None:
@@ -121,6 +123,19 @@ def refuse_calibrated(family: TaskFamily, scheme: Scheme) -> None:
             f"scheme {scheme.name} is calibrated on captions, and a {family.TASK} model writes none; "
             "use int8, int4-rtn or int4-hqq"
         )
+
+
+def refuse_decoder(decoder: TextDecoder, scheme: Scheme) -> None:
+    """Raise `InputRefused` when a scheme is calibrated in a way that the decoder's kind does not allow.
+
+    GPTQ needs the inputs of each matrix; AWQ and `mixed` are written for Llama blocks alone.
+    """
+    if not scheme.calibrated:
+        return
+    if scheme.method == "gptq" and not scheme.choices:
+        require_walked(decoder, f"scheme {scheme.name}")
+    else:
+        require_folding(decoder, f"scheme {scheme.name}")
 
 
 def plan_layers(
@@ -133,8 +148,8 @@ def plan_layers(
     point, when a tied head differs from the embedding, or when the scheme is calibrated and the
     decoder of a kind that calibration cannot walk.
     """
-    if scheme.calibrated:
-        require_llama(decoder, f"scheme {scheme.name}")
+    refuse_decoder(decoder, scheme)
+    seen = seen_matrices(decoder)
     shared = _head_is_embedding(checkpoint, decoder)
     if decoder.tied and decoder.head in checkpoint and not shared:
         raise InputRefused(
@@ -146,7 +161,10 @@ def plan_layers(
     _refuse_strangers(
         checkpoint, {e.name for e in expected} | ({decoder.head} if shared else set())
     )
-    return tuple(_planned(checkpoint, e, _wanted(e, decoder, scheme), scheme) for e in expected)
+    return tuple(
+        _planned(checkpoint, e, _wanted(e, decoder, scheme), scheme, seen=e.name in seen)
+        for e in expected
+    )
 
 
 def fit_block(columns: int, fmt: BlockFormat, *, whole: bool) -> BlockFormat | None:
@@ -207,8 +225,14 @@ def _by_role(role: Role, scheme: Scheme) -> BlockFormat | None:
 
 
 def _planned(
-    checkpoint: Checkpoint, expected: TensorSpec, fmt: BlockFormat | None, scheme: Scheme
+    checkpoint: Checkpoint,
+    expected: TensorSpec,
+    fmt: BlockFormat | None,
+    scheme: Scheme,
+    *,
+    seen: bool,
 ) -> LayerPlan:
+    """The plan of one tensor; `seen`: calibration sees its inputs."""
     info = checkpoint.info(expected.name)
     if info.shape != expected.shape or info.dtype not in FLOATS:
         raise InputRefused(
@@ -229,7 +253,7 @@ def _planned(
     if fmt is None:
         size = 2 * int(np.prod(expected.shape))
         return LayerPlan(expected.name, "float", expected.shape, None, "none", reason, size)
-    method = scheme.method_for(fmt, inputs=expected.inputs)
+    method = scheme.method_for(fmt, inputs=seen)
     plan = LayerPlan(
         expected.name, KINDS[expected.role], shape, fmt, method, "", 0, expected.turned
     )

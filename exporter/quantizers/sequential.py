@@ -18,7 +18,8 @@ from exporter.core.digest import canonical_json, sha256_file
 from exporter.core.errors import InputRefused
 from exporter.core.progress import Progress, silent
 from exporter.core.tensors import CODES, Checkpoint, SafetensorsWriter
-from exporter.families.base import DecoderSpec
+from exporter.families.specs.decoder import TextDecoder
+from exporter.families.specs.walked import block_tensors
 from exporter.quantizers.block import BlockResult, quantize_block
 from exporter.quantizers.gptq import GptqSettings
 from exporter.quantizers.plan import LayerPlan
@@ -95,7 +96,7 @@ class BlockQuantizer:
     def __init__(
         self,
         store: BlockStore,
-        spec: DecoderSpec,
+        spec: TextDecoder,
         plans: Sequence[LayerPlan],
         settings: GptqSettings | None = None,
     ) -> None:
@@ -118,10 +119,9 @@ class BlockQuantizer:
         the plan's, and as the methods do.
         """
         plans = block_plans(self._plans, self._spec, layer)
-        shapes = {name: w.shape for name, w in weights.items()}
-        if shapes != {p.name: p.shape for p in plans}:
+        if not _are_planned(weights, plans):
             raise InputRefused(
-                f"block {layer} holds {len(shapes)} tensors that are not those of the plan "
+                f"block {layer} holds {len(weights)} tensors that are not those of the plan "
                 f"({len(plans)}); expected the checkpoint that was planned"
             )
         if not self.finished(layer):
@@ -137,10 +137,16 @@ class BlockQuantizer:
         return changed
 
 
-def block_plans(plans: Sequence[LayerPlan], spec: DecoderSpec, layer: int) -> tuple[LayerPlan, ...]:
+def block_plans(plans: Sequence[LayerPlan], spec: TextDecoder, layer: int) -> tuple[LayerPlan, ...]:
     """The plans of one decoder block's tensors."""
-    at = f"{spec.prefix}layers.{layer}."
-    return tuple(p for p in plans if p.name.startswith(at))
+    names = {tensor.name for tensor in block_tensors(spec, layer)}
+    return tuple(p for p in plans if p.name in names)
+
+
+def _are_planned(weights: Mapping[str, NDArray[np.float32]], plans: Sequence[LayerPlan]) -> bool:
+    """Whether these are the plan's tensors; the plan has a turned one that stays in float as stored."""
+    shapes = {p.name: (p.shape, p.shape if p.format else p.shape[::-1]) for p in plans}
+    return shapes.keys() == weights.keys() and all(w.shape in shapes[n] for n, w in weights.items())
 
 
 def stored_matrix(stored: Checkpoint, plan: LayerPlan) -> PackedMatrix:
@@ -155,7 +161,7 @@ def stored_matrix(stored: Checkpoint, plan: LayerPlan) -> PackedMatrix:
 class _StoredBlocks:
     """`ReadyTensors` over a complete store."""
 
-    def __init__(self, store: BlockStore, spec: DecoderSpec) -> None:
+    def __init__(self, store: BlockStore, spec: TextDecoder) -> None:
         self._at: dict[str, int] = {}
         self._rows: dict[str, Any] = {}
         self._store = store
@@ -188,7 +194,7 @@ def assemble(
     source: Path,
     out: Path,
     scheme: Scheme,
-    spec: DecoderSpec,
+    spec: TextDecoder,
     store: BlockStore,
     *,
     plan: Sequence[LayerPlan] | None = None,

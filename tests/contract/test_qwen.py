@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from exporter.adapters.merge import merge_adapters
 from exporter.adapters.prove import prove_logits
-from exporter.calibrate.llama import Rotary, rms_norm, run_block
+from exporter.calibrate.blocks.llama import Rotary, rms_norm, run_block
 from exporter.calibrate.prompts import EmbeddedPrompt, embed_prompts
 from exporter.calibrate.walk import load_block, walk_decoder
 from exporter.core.activations import InputStatistics

@@ -69,7 +69,7 @@ class ClipTower(VitSpec):
 
 def unused(tensor: TensorSpec) -> TensorSpec:
     """The same tensor, which no graph takes."""
-    return replace(tensor, role="float", reason=UNUSED, inputs=False, used=False)
+    return replace(tensor, role="float", reason=UNUSED, used=False)
 
 
 def clip_tower(

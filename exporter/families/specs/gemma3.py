@@ -120,7 +120,7 @@ class Gemma3Decoder:
             for name, size in self.norm_sizes().items():
                 yield TensorSpec(f"{layer}{name}.weight", (size,), reason=NORM)
             for name, shape in self.matrix_shapes().items():
-                yield TensorSpec(f"{layer}{name}.weight", shape, "decoder", inputs=True)
+                yield TensorSpec(f"{layer}{name}.weight", shape, "decoder")
         yield TensorSpec(self.final_norm, (self.hidden_size,), reason=NORM)
         if not self.tied:
             yield TensorSpec(self.head, table, "head")

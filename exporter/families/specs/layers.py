@@ -11,11 +11,9 @@ CONVOLUTION = "convolution: its input is not one row of a matrix product"
 STATISTICS = "batch norm: few bytes, large effect"
 
 
-def linear_tensors(
-    name: str, outputs: int, inputs: int, role: Role, *, watched: bool = False
-) -> Iterator[TensorSpec]:
-    """Weight and bias of a linear layer called `name`; `watched`: calibration sees its inputs."""
-    yield TensorSpec(f"{name}.weight", (outputs, inputs), role, inputs=watched)
+def linear_tensors(name: str, outputs: int, inputs: int, role: Role) -> Iterator[TensorSpec]:
+    """Weight and bias of a linear layer called `name`."""
+    yield TensorSpec(f"{name}.weight", (outputs, inputs), role)
     yield TensorSpec(f"{name}.bias", (outputs,), reason=BIAS)
 
 

@@ -85,7 +85,7 @@ class OptSpec:
             at = self.block(i)
             yield from norm_tensors(f"{at}self_attn_layer_norm", hidden)
             for name, shape in self.matrix_shapes().items():
-                yield from linear_tensors(at + name, *shape, "decoder", watched=True)
+                yield from linear_tensors(at + name, *shape, "decoder")
             yield from norm_tensors(f"{at}final_layer_norm", hidden)
         yield from norm_tensors(f"{self.prefix}final_layer_norm", hidden)
         if not self.tied:

@@ -67,7 +67,7 @@ class PhiSpec:
             block = f"{self.prefix}blocks.{i}."
             yield from norm_tensors(block + "ln", self.hidden_size)
             for name, shape in self.matrix_shapes().items():
-                yield from linear_tensors(block + name, *shape, "decoder", watched=True)
+                yield from linear_tensors(block + name, *shape, "decoder")
         yield from norm_tensors(self.final_norm, self.hidden_size)
         yield TensorSpec(self.head, table, "head")
         yield TensorSpec(_bias_of(self.head), table[:1], reason=BIAS)

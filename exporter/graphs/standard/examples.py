@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from exporter.core.cases import EXAMPLE_MODALITY, prompt_for
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed, PromptInputs
 from exporter.families.table import family_of
@@ -48,7 +49,8 @@ def example_feeds(model: Path, images: Sequence[Image.Image], prompt: str) -> di
         }
     preparer = family.open_preparer(model)
     paths = {n: model / "onnx" / f"{n}.onnx" for n in (tower.NAME, embedding.NAME, decoder.NAME)}
-    prepared = [preparer.prepare([image], prompt) for image in images]
+    asked = prompt_for(prompt, EXAMPLE_MODALITY)
+    prepared = [preparer.prepare([image], asked) for image in images]
     feeds: dict[str, list[Feed]] = {
         tower.NAME: [feed for inputs in prepared for feed in inputs.vision],
         embedding.NAME: [{"input_ids": inputs.input_ids[None]} for inputs in prepared],

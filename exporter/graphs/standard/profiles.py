@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 from PIL import Image
 
+from exporter.core.cases import EXAMPLE_MODALITY, prompt_for
 from exporter.core.errors import InputRefused
 from exporter.families.base import Preparer
 
@@ -79,6 +80,7 @@ def measured_limits(
     """
     sizes: dict[str, list[int]] = {}
     lengths, prefix = [], 0
+    prompt = prompt_for(prompt, EXAMPLE_MODALITY)
     for height, width in PROBES:
         inputs = preparer.prepare([Image.new("RGB", (width, height), (90, 90, 90))], prompt)
         for feed in inputs.vision:

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from exporter.calibrate.llama import GROUPS, block_names, rotary_tables, run_block
+from exporter.calibrate.blocks.llama import GROUPS, rotary_tables, run_block
 from exporter.families.base import DecoderSpec
+from exporter.families.specs.walked import block_tensors
 
 
 def make_spec(heads: int, kv_heads: int, head_dim: int, theta: float) -> DecoderSpec:
@@ -40,7 +41,7 @@ def test_block_equals_transformers(heads: int, kv_heads: int, head_dim: int, the
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, mean=0.1, std=0.2)
     weights = dict(layer.state_dict())
-    assert {f"m.layers.0.{n}" for n in weights} == set(block_names(spec, 0))
+    assert {f"m.layers.0.{n}" for n in weights} == {t.name for t in block_tensors(spec, 0)}
 
     hidden = torch.randn(17, 48)
     positions = torch.arange(17)[None]

@@ -62,17 +62,26 @@ def test_answers_are_the_caption_or_the_models_own(
 def test_what_does_not_fit_is_refused(
     merged: Path, exported: Path, cases: list[Case], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputRefused, match="c0: .* tokens of prompt and 0 of caption"):
+    with pytest.raises(InputRefused, match="c0: .* tokens of prompt and none of caption"):
         embed_prompts(merged, exported, [replace(cases[0], caption=" ")], PROMPT, threads=1)
-    long = replace(cases[0], caption="Befund äöü " * 200)
-    with pytest.raises(InputRefused, match="expected at least one of caption and 512 at most"):
-        embed_prompts(merged, exported, [long], PROMPT, threads=1, max_answer=1000)
+    with pytest.raises(InputRefused, match="the model has 512; shorten the prompt"):
+        embed_prompts(merged, exported, cases[:1], "Befund " * 600, threads=1)
     missing = replace(cases[0], image=tmp_path / "none.png")
     with pytest.raises(InputRefused, match="none.png"):
         embed_prompts(merged, exported, [missing], PROMPT, threads=1)
     other = write_tiny_model(tmp_path / "other", hidden=32, layers=1)
     with pytest.raises(InputRefused, match="width 64"):
         embed_prompts(other, exported, cases[:1], PROMPT, threads=1)
+
+
+def test_a_long_answer_ends_with_the_context(
+    merged: Path, exported: Path, cases: list[Case]
+) -> None:
+    long = replace(cases[0], caption="Befund äöü " * 200)
+    (found,) = embed_prompts(merged, exported, [long], PROMPT, threads=1, max_answer=1000)
+    (usual,) = embed_prompts(merged, exported, [long], PROMPT, threads=1, max_answer=6)
+    assert found.length == 512 and found.answer == slice(usual.answer.start, 512)
+    np.testing.assert_array_equal(found.tokens[: usual.length], usual.tokens)
 
 
 def test_an_answer_begins_after_one_space(tmp_path: Path) -> None:

@@ -32,3 +32,10 @@ def test_another_seed_draws_other_cases_and_is_recorded() -> None:
     assert {c.id for c in first.cases} != {c.id for c in second.cases}
     assert (first.options()["seed"], second.options()["seed"]) == (0, 1)
     assert first.options()["balance"] is True
+
+
+def test_an_empty_prompt_is_one_and_none_is_the_sets_own() -> None:
+    """Models trained without an instruction begin with nothing but their start token."""
+    own = open_set("phantoms-calib").prompt
+    found = [open_calibration("phantoms-calib", 2, p, None).prompt for p in ("", None, "CT:")]
+    assert own and found == ["", own, "CT:"]

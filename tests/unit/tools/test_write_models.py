@@ -9,9 +9,11 @@ from exporter.families.table import FAMILIES, TASK_FAMILIES
 from tests.support.family_cases import CASES
 from tests.support.task_cases import CASES as TASK_CASES
 from tools.write_models import (
+    APART,
     CONTRACT,
     NO_ADAPTER,
     NO_PADDING,
+    ONE_LAYOUT,
     PAGE,
     PROOFS,
     ROOT,
@@ -53,12 +55,37 @@ def test_what_a_row_lacks_is_said() -> None:
         assert (case.name in NO_PADDING) == (case.padded is None), case.name
 
 
+def test_rows_of_one_key_layout_are_those_that_it_names() -> None:
+    assert {case.name for case in CASES if not case.keys} == set(ONE_LAYOUT)
+
+
+def test_every_published_recipe_is_trained_by_its_row() -> None:
+    rows, found = {case.name: case for case in CASES}, set()
+    for profile in map(find_model, model_profiles()):
+        if profile.adapter is None:
+            continue
+        assert rows[case_of(profile)].recipe == profile.adapter, profile.name
+        found.add(case_of(profile))
+    ours = {case.name for case in CASES if not isinstance(case.adapter, str)}
+    assert found == rows.keys() - ours
+
+
 def test_the_tests_it_names_exist() -> None:
-    for contract, proofs in ((CONTRACT, PROOFS), (TASK_CONTRACT, TASK_PROOFS)):
-        source = (ROOT / contract).read_text(encoding="utf-8")
-        for test in proofs.values():
+    named = [(CONTRACT, PROOFS.values()), (TASK_CONTRACT, TASK_PROOFS.values()), *APART.values()]
+    for path, tests in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for test in tests:
             assert re.search(rf"^def {test}\(", source, re.MULTILINE), test
     for name in model_profiles():
         path, _, test = calibrated(find_model(name)).split(" ")[0].partition("::")
         if path.startswith("tests/"):
             assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_calibrated_column_says_what_the_code_refuses() -> None:
+    """A model without a row of it is one whose decoder calibration does not walk."""
+    for profile in map(find_model, model_profiles()):
+        if profile.family in TASK_FAMILIES or profile.status == "plan-only":
+            continue
+        walked = profile.schemes["int4"] == "int4-gptq"
+        assert calibrated(profile).startswith("tests/" if walked else "refused: "), profile.name

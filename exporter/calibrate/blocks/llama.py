@@ -6,13 +6,17 @@ matrices can be replaced. Equal to transformers' LlamaDecoderLayer (test_llama.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.core.errors import InputRefused, require
+from exporter.calibrate.blocks.base import Group, Observer, ignore
+from exporter.calibrate.blocks.rotary import frequencies, tables_of, turned
+from exporter.calibrate.prompts import EmbeddedPrompt
+from exporter.core.errors import InputRefused
+from exporter.core.tensors import Checkpoint
 from exporter.families.base import DecoderSpec
 
 if TYPE_CHECKING:
@@ -23,30 +27,8 @@ OUT = ("self_attn.o_proj.weight",)
 GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 DOWN = ("mlp.down_proj.weight",)
 # Matrices that multiply the same input, in the order in which a block uses them.
-GROUPS: tuple[tuple[str, ...], ...] = (QKV, OUT, GATE_UP, DOWN)
+GROUPS: tuple[Group, ...] = (QKV, OUT, GATE_UP, DOWN)
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-Observer = Callable[[tuple[str, ...], "torch.Tensor"], None]
-
-
-def use_torch(threads: int) -> None:
-    """Set torch's threads. Raises `EnvironmentLacks` without torch."""
-    require("torch", "build")
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-def block_names(spec: DecoderSpec, layer: int) -> tuple[str, ...]:
-    """Checkpoint names of every tensor of block `layer`: norms, matrices as used, then biases."""
-    prefix = block_prefix(spec, layer)
-    biases = map(_bias, QKV) if spec.qkv_bias else ()
-    return tuple(prefix + n for n in (*NORMS, *(n for group in GROUPS for n in group), *biases))
-
-
-def block_prefix(spec: DecoderSpec, layer: int) -> str:
-    """What precedes ``self_attn.q_proj.weight`` in the names of block `layer`."""
-    return f"{spec.prefix}layers.{layer}."
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -63,9 +45,7 @@ def rotary_tables(spec: DecoderSpec, length: int) -> tuple[torch.Tensor, torch.T
     """
     import torch
 
-    angles = torch.outer(torch.arange(length).float(), _frequencies(spec))
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return tables_of(torch.arange(length), frequencies(spec.head_dim, spec.rope_theta))
 
 
 def axis_tables(
@@ -77,17 +57,10 @@ def axis_tables(
     import torch
 
     owner = torch.repeat_interleave(torch.arange(len(spec.mrope)), torch.tensor(spec.mrope))
-    angles = torch.from_numpy(positions).float()[owner].T * _frequencies(spec)
+    angles = torch.from_numpy(positions).float()[owner].T
+    angles = angles * frequencies(spec.head_dim, spec.rope_theta)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def _frequencies(spec: DecoderSpec) -> torch.Tensor:
-    """Radians per position ``[head_dim / 2]``."""
-    import torch
-
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
-    return 1.0 / spec.rope_theta**exponents
 
 
 class Rotary:
@@ -119,6 +92,39 @@ class Rotary:
         return axis_tables(self._spec, self._positions[number])
 
 
+class LlamaBlocks:
+    """See `Blocks`."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        checkpoint: Checkpoint,  # noqa: ARG002 (no learned positions)
+        prompts: Sequence[EmbeddedPrompt],
+    ) -> None:
+        """Raises `InputRefused` when a prompt lacks the positions that the decoder needs."""
+        self._spec, self._prompts = spec, prompts
+        self._rotary = Rotary(spec, [p.length for p in prompts], [p.positions for p in prompts])
+
+    def groups(self, layer: int) -> tuple[Group, ...]:  # noqa: ARG002 (all are alike)
+        """See `Blocks`."""
+        return GROUPS
+
+    def begin(self, number: int) -> NDArray[np.float32]:
+        """See `Blocks`."""
+        return self._prompts[number].embeds
+
+    def run(
+        self,
+        layer: int,  # noqa: ARG002
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        number: int,
+        observe: Observer | None = None,
+    ) -> torch.Tensor:
+        """See `Blocks`."""
+        return run_block(self._spec, weights, hidden, self._rotary.tables(number), observe)
+
+
 def run_block(
     spec: DecoderSpec,
     weights: Mapping[str, torch.Tensor],
@@ -134,7 +140,7 @@ def run_block(
     """
     import torch.nn.functional as F  # noqa: N812 (its usual name)
 
-    see = observe or _ignore
+    see = observe or ignore
     x = rms_norm(hidden, weights[NORMS[0]], spec.norm_eps)
     see(QKV, x)
     x = _attend(spec, weights, x, tables)
@@ -145,10 +151,6 @@ def run_block(
     x = F.silu(F.linear(x, weights[GATE_UP[0]])) * F.linear(x, weights[GATE_UP[1]])
     see(DOWN, x)
     return hidden + F.linear(x, weights[DOWN[0]])
-
-
-def _ignore(group: tuple[str, ...], x: torch.Tensor) -> None:
-    """An `Observer` that notes nothing."""
 
 
 def _attend(
@@ -167,7 +169,7 @@ def _attend(
         for name, bias in zip(QKV, biases, strict=True)
     )
     cos, sin = (table[:length] for table in tables)
-    q, k = (t * cos + _rotate_half(t) * sin for t in (q, k))
+    q, k = (turned(t, cos, sin) for t in (q, k))
     groups = spec.heads // spec.kv_heads
     k, v = (t.repeat_interleave(groups, dim=0) for t in (k, v))
     out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
@@ -176,10 +178,3 @@ def _attend(
 
 def _bias(name: str) -> str:
     return name.removesuffix("weight") + "bias"
-
-
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
