@@ -10,7 +10,8 @@ installed, and writes one JSON file; what could not be measured is in it with th
 random and of the published shape: time and memory do not depend on them. One image at the model's
 image limit, an instruction and `--steps` tokens, each runtime and precision in a process of its own,
 one after another. The file is written anew after each, so that a run that is cut short keeps what
-it has; `--minutes` begins nothing new when that much time is gone.
+it has; `--minutes` begins nothing new when that much time is gone. The exit code is 0 when anything
+was measured, and 5 (as of a command whose machine lacks something) when nothing was.
 
 The share of the roofline is the bytes that one token must read (weights of the decoder and the head
 as stored, keys and values of a full context) times tokens a second, over the bandwidth of the GPU's
@@ -39,6 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SCHEMA = 1
+LACKING = 5  # exit code of `EnvironmentLacks`
 # Precision by runtime: the scheme of the catalog whose bytes are counted, and where weights come from.
 SCHEMES = {
     "torch": {"fp16": "fp16"},
@@ -72,14 +74,16 @@ class Case:
     scheme: str
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit code."""
     options = _parsed()
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
-        report(options, options.folder)
+        measured = report(options, options.folder)
     else:
         with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-            report(options, Path(folder))
+            measured = report(options, Path(folder))
+    return 0 if measured else LACKING
 
 
 def _parsed() -> argparse.Namespace:
@@ -105,8 +109,8 @@ def _parsed() -> argparse.Namespace:
     return options
 
 
-def report(options: argparse.Namespace, folder: Path) -> None:
-    """Measure each case, print a row for it and write the file."""
+def report(options: argparse.Namespace, folder: Path) -> int:
+    """Measure each case, print a row for it and write the file; returns how many were measured."""
     result = surroundings(options)
     rows: list[dict[str, Any]] = result["rows"]
     begun = monotonic()
@@ -122,6 +126,12 @@ def report(options: argparse.Namespace, folder: Path) -> None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     measured = sum("skipped" not in row for row in rows)
     print(f"{measured} measured, {len(rows) - measured} skipped: {options.out}")
+    if not measured:
+        first = next(
+            (row["skipped"] for row in rows), "no model, runtime and precision was asked for"
+        )
+        print(f"nothing was measured; the first reason: {first}")
+    return measured
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -226,7 +236,7 @@ def roofline(case: Case, row: dict[str, Any], bandwidth: float | None) -> dict[s
     assert shape.decoder is not None
     item = 2 if row["gpu"] else 4
     read = token_bytes(shape, find_scheme(case.scheme))
-    read += shape.decoder.cache_values(row["context"]) * item
+    read += shape.decoder.read_values(row["context"]) * item
     return {
         "token_bytes": read,
         "limit_tokens_per_s": bandwidth * 1e9 / read,
@@ -260,4 +270,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -111,13 +111,14 @@ def _prove(
     replaced: list[ReplacedRecord],
 ) -> MergeProof:
     base = recipe.base
-    changing = {r.adapter for r in targets} | {r.adapter for r in replaced if r.changed_values}
+    changing = {r.adapter for r in targets if r.changed_values}
+    changing |= {r.adapter for r in replaced if r.changed_values}
     for index, (adapter, _) in enumerate(recipe.adapters):
         if index not in changing:
             raise InputRefused(f"{adapter.folder}: adapter changes nothing; expected a trained one")
     records = tuple(_record(a, len(p.updates)) for a, p in recipe.adapters)
     return MergeProof(
-        statement=_statement(len(records), len(targets), len(replaced)),
+        statement=_statement(len(records), targets, len(replaced)),
         base_sha256=base.digest(),
         adapters=records,
         targets=tuple(targets),
@@ -142,10 +143,13 @@ def _record(adapter: Adapter, targets: int) -> AdapterRecord:
     )
 
 
-def _statement(adapters: int, targets: int, replaced: int) -> str:
+def _statement(adapters: int, targets: Sequence[TargetRecord], replaced: int) -> str:
     if not adapters:
         return "no adapter: a float16 copy of the base"
+    changed = sum(bool(target.changed_values) for target in targets)
+    idle = len(targets) - changed
+    left = f", {idle} that no graph reads are as they were" if idle else ""
     return (
-        f"{adapters} adapter(s) merged in sequence: {targets} weights changed, each by a non-zero amount "
-        f"that float16 keeps, {replaced} tensors replaced; no unexpected key, none missing"
+        f"{adapters} adapter(s) merged in sequence: {changed} weights changed, each by a non-zero amount "
+        f"that float16 keeps{left}, {replaced} tensors replaced; no unexpected key, none missing"
     )

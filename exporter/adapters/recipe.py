@@ -22,6 +22,7 @@ from exporter.adapters.base import BaseModel
 from exporter.adapters.proof import ReplacedRecord, TargetRecord
 from exporter.adapters.read import Adapter, read_adapter
 from exporter.adapters.targets import AdapterPlan, BaseCopy, LoraUpdate, Replacement, plan_adapter
+from exporter.adapters.unread import unread_tensors
 from exporter.core.errors import InputRefused
 from exporter.core.tensors import FLOATS, to_float32
 
@@ -96,7 +97,7 @@ def _add(steps: dict[str, list[Step]], tensor: str, step: Step) -> None:
 
 def merge_tensor(recipe: Recipe, name: str) -> MergedTensor:
     """One tensor of the merged model. Raises `InputRefused` when an adapter leaves its target as it
-    was after rounding to float16, or when the values do not fit float16.
+    was after rounding to float16 (but where no graph reads it), or when the values do not fit float16.
     """
     base = recipe.base
     info = base.tensors.info(base.source(name))
@@ -114,7 +115,7 @@ def merge_tensor(recipe: Recipe, name: str) -> MergedTensor:
         if isinstance(step.action, LoraUpdate):
             relative = apply_update(weight, load_update(step.action, step.adapter.tensors))
             values = to_float16(name, weight)
-            targets.append(_target(step, step.action, relative, before, values))
+            targets.append(_target(base, step, step.action, relative, before, values))
         else:
             new = _other(step.adapter, step.action, weight)
             values = to_float16(name, new)
@@ -139,6 +140,7 @@ def _copied(name: str, raw: NDArray[Any], dtype: str) -> NDArray[np.float16]:
 
 
 def _target(
+    base: BaseModel,
     step: Step,
     update: LoraUpdate,
     relative: float,
@@ -146,7 +148,7 @@ def _target(
     after: NDArray[np.float16],
 ) -> TargetRecord:
     changed = count_changed(before, after)
-    if changed == 0:
+    if changed == 0 and not (relative == 0 and update.tensor in unread_tensors(base)):
         raise InputRefused(
             f"{step.adapter.folder}: adapter changes nothing in '{update.tensor}' (relative delta "
             f"{relative:.3g}, 0 of {after.size} float16 values differ); expected a trained adapter: "

@@ -215,18 +215,28 @@ class Memory(Struct, frozen=True):
 
 
 class TensorRT(Struct, frozen=True):
-    """Major versions of TensorRT that build engines for this GPU."""
+    """Versions of TensorRT that build engines for this GPU: the major ones that a source names, and
+    the least release (of 10.3 and later, which are what `medexport` takes).
+    """
 
     versions: tuple[str, ...]
+    least: Annotated[str, msgspec.Meta(pattern=r"^\d+\.\d+(\.\d+)?$")]
     source: str
     confidence: Confidence = "read"
+
+    def summary(self) -> str:
+        """For tables: ``10.8+``, ``10.13.2+, 11``."""
+        later = [v for v in self.versions if v != self.least.partition(".")[0]]
+        return ", ".join([f"{self.least}+", *later])
 
 
 class TargetProfile(Struct, frozen=True):
     """One kind of machine that a bundle is made for.
 
     `rates`: 10^12 operations a second by precision, dense (a multiply-add is two; figures for
-    structured sparsity are halved). `devices`: names by which the driver calls this GPU.
+    structured sparsity are halved). `precisions`: in which its tensor cores (of a CPU: its vector
+    units) multiply; weights stored in fewer bits run on every target, unpacked to one of these.
+    `devices`: names by which the driver calls this GPU.
     `memory` is None where the class says nothing about it (CPUs); `cores`: with how many cores the
     rates of a CPU are meant.
     """

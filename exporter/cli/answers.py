@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,17 @@ import click
 from exporter.core.errors import InputRefused, WrongUsage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from exporter.runtimes.graphs import OrtGraphs
 
 MAX_TEXT = 1 << 20
 COMMAS = re.compile("[,，、]")
 BEST = 5
-# How a zero-shot model's probabilities come about, where it has no bias of the score.
-SHARED = "all labels together"
+# How a zero-shot model's probabilities come about: without or with a bias of the score. One label that
+# shares with no other has none: it would be 1 on every image.
+SHARED, ALONE, RANKED = "all labels together", "each label by itself", "images ranked by cosine"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ def split_labels(given: str | None, file: Path | None) -> tuple[str, ...]:
 def show(task: str, found: Mapping[str, Any]) -> None:
     """Print an answer for people, a line or a few for each input."""
     rows = found["results"]
+    if found.get("scoring") == RANKED:
+        _show_ranking(found)
+        return
     for row in rows:
         name = f"{row['input']}: " if len(rows) > 1 else ""
         if task == "zero-shot":
@@ -89,11 +96,19 @@ def show(task: str, found: Mapping[str, Any]) -> None:
             click.echo(name + row["summary"] + ("" if row["stopped"] else "  [cut: length limit]"))
         else:
             click.echo(name + _encoded(row))
-    if task == "zero-shot" and found["scoring"] != SHARED:
+    if task == "zero-shot" and found["scoring"] == ALONE:
         click.echo("(each label scored by itself: these probabilities do not add up to 1)")
     if task == "zero-shot" and len(rows) > 1:
         for label, order in found["retrieval"].items():
             click.echo(f"best for '{label}': {order[0]}")
+
+
+def _show_ranking(found: Mapping[str, Any]) -> None:
+    (label,) = found["retrieval"]
+    click.echo(f"best for '{label}', by cosine (one label alone has no probability):")
+    ranked = sorted(found["results"], key=lambda row: -row["cosines"][label])
+    for place, row in enumerate(ranked, 1):
+        click.echo(f"{place}. {row['input']}: {row['cosines'][label]:.4f}")
 
 
 def _encoded(row: Mapping[str, Any]) -> str:
@@ -108,22 +123,32 @@ def _encoded(row: Mapping[str, Any]) -> str:
 
 
 def _rank_labels(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
-    """Probabilities of the labels for each image, and the images in order for each label."""
+    """Probabilities of the labels for each image, and the images in order for each label.
+
+    One label is no question to a softmax: it ranks images, without probabilities. Raises `WrongUsage`
+    where there is one image too.
+    """
     from exporter.runtimes.images import open_image
     from exporter.runtimes.tasks.zero_shot import ZeroShot, label_scores, label_texts
 
     model = ZeroShot(graphs)
     texts = model.embed_texts(label_texts(asked.labels, asked.template or model.template))
+    shared = model.logit_bias is None
+    if shared and len(asked.labels) < 2 and len(asked.inputs) < 2:
+        raise WrongUsage(
+            f"one label, '{asked.labels[0]}': this model shares 100 % among the labels, and one alone "
+            "always gets all of it; give two or more to choose from (its opposite, say), or several "
+            "images to be ranked"
+        )
     images = model.embed_images([open_image(path) for path in asked.inputs])
     scores = label_scores(images, texts, model.logit_scale, model.logit_bias)
     cosines = images @ texts.T
     names = [str(path) for path in asked.inputs]
+    scoring = ALONE if not shared else SHARED if len(asked.labels) > 1 else RANKED
     results = [
-        {
-            "input": name,
-            "scores": dict(zip(asked.labels, row.tolist(), strict=True)),
-            "cosines": dict(zip(asked.labels, cosine.tolist(), strict=True)),
-        }
+        {"input": name}
+        | ({"scores": _by_label(asked, row)} if scoring != RANKED else {})
+        | {"cosines": _by_label(asked, cosine)}
         for name, row, cosine in zip(names, scores, cosines, strict=True)
     ]
     order = (-cosines).argsort(axis=0, kind="stable").T
@@ -133,28 +158,38 @@ def _rank_labels(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
     }
     return {
         "template": asked.template or model.template,
-        "scoring": SHARED if model.logit_bias is None else "each label by itself",
+        "scoring": scoring,
         "results": results,
         "retrieval": retrieval,
     }
 
 
+def _by_label(asked: Question, values: NDArray[Any]) -> dict[str, float]:
+    return dict(zip(asked.labels, values.tolist(), strict=True))
+
+
 def _draw_masks(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
-    """The mask of each label on each image; written as PNG of the image's size with --masks."""
+    """The mask of each label on each image; written as PNG of the image's size with --masks.
+
+    Nothing is written before all masks are there and all names are free.
+    """
     from exporter.runtimes.images import open_image
     from exporter.runtimes.tasks.segment import Segmenter, resized
 
     segmenter = Segmenter(graphs)
+    names = mask_files(asked.masks, asked.inputs, len(asked.labels)) if asked.masks else None
+    seen = []
+    for path in asked.inputs:
+        image = open_image(path)
+        seen.append((image.size, segmenter.masks(image, asked.labels)))
     if asked.masks:
         asked.masks.mkdir(parents=True, exist_ok=True)
     results = []
-    for path in asked.inputs:
-        image = open_image(path)
-        masks = segmenter.masks(image, asked.labels)
+    for position, (path, (size, masks)) in enumerate(zip(asked.inputs, seen, strict=True)):
         row: dict[str, Any] = {}
-        for number, (label, mask) in enumerate(zip(asked.labels, masks, strict=True), 1):
-            inside = resized(mask, image.size) >= 0.5
-            file = asked.masks and asked.masks / f"{path.stem}-{number:02d}.png"
+        for number, (label, mask) in enumerate(zip(asked.labels, masks, strict=True)):
+            inside = resized(mask, size) >= 0.5
+            file = names and names[position][number]
             if file:
                 _write_mask(file, inside)
             row[label] = {"share": float(inside.mean()), "file": str(file) if file else None}
@@ -162,13 +197,33 @@ def _draw_masks(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:
     return {"results": results}
 
 
-def _write_mask(file: Path, inside: Any) -> None:
+def mask_files(folder: Path, inputs: Sequence[Path], labels: int) -> list[list[Path]]:
+    """A file for each label of each image: IMAGE-01.png, or 01-IMAGE-01.png by the image's position
+    where images of several folders have one name.
+
+    Raises `InputRefused` when one exists already, or `folder` is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputRefused(f"{folder}: is a file; give --masks a folder")
+    # A disk may not tell a.png from A.png.
+    same = len({path.stem.casefold() for path in inputs}) < len(inputs)
+    heads = [f"{i:02d}-" if same else "" for i in range(1, len(inputs) + 1)]
+    files = [
+        [folder / f"{head}{path.stem}-{number:02d}.png" for number in range(1, labels + 1)]
+        for head, path in zip(heads, inputs, strict=True)
+    ]
+    for file in (file for of_image in files for file in of_image):
+        if file.exists():
+            raise InputRefused(f"{file}: exists; remove it or give another --masks folder")
+    return files
+
+
+def _write_mask(file: Path, inside: NDArray[np.bool_]) -> None:
     import numpy as np
     from PIL import Image
 
-    if file.exists():
-        raise InputRefused(f"{file}: exists; remove it or give another --masks folder")
-    Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)).save(file)
+    with file.open("xb") as stream:
+        Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)).save(stream, format="PNG")
 
 
 def _encode(graphs: OrtGraphs, asked: Question) -> dict[str, Any]:

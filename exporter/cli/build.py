@@ -36,7 +36,7 @@ def model_options(command: Any) -> Any:
             "--model",
             required=True,
             metavar="NAME|DIR",
-            help="Profile, profile file or model folder.",
+            help="Profile, profile file or model folder (./NAME where a profile has that name).",
         ),
     ):
         command = option(command)
@@ -127,7 +127,7 @@ def with_blocks(scheme: str, group_size: str | None, symmetric: bool | None) -> 
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="--dialect standard: what activations are.",
+    help="What activations are. float16: for TensorRT, or (dialect ort) for `run --device cuda`.",
 )
 @click.option(
     "--also",
@@ -160,7 +160,12 @@ def with_blocks(scheme: str, group_size: str | None, symmetric: bool | None) -> 
     show_default=True,
     help="Which images are drawn; recorded in the manifest.",
 )
-@click.option("--prompt", help="Instruction given with each image; default: the evaluation set's.")
+@click.option("--prompt", help="Instruction given with each image; default: the profile's.")
+@click.option(
+    "--modality-aware",
+    is_flag=True,
+    help="The profile's instruction that names the modality of each image ({modality} in a prompt).",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -216,8 +221,6 @@ def build(model: str, form: str, as_json: bool, **options: Any) -> None:
     if form == "tensorrt" and asked == "ort":
         raise click.UsageError("--format tensorrt needs the graphs of --dialect standard")
     dialect: Dialect = asked or ("standard" if form == "tensorrt" else "ort")
-    if options["compute"] == "float16" and dialect == "ort":
-        raise click.UsageError("--compute float16 is for --dialect standard")
     name = take_scheme(options)
     if name is None:
         raise click.UsageError(ONE_SCHEME)

@@ -98,9 +98,9 @@ def check(bundle: Path, engines: Path | None, as_json: bool) -> None:
     from exporter.core.errors import EnvironmentLacks, InputRefused
     from exporter.engines.machine import engine_folder, this_machine
     from exporter.engines.preflight import open_engines
+    from exporter.pipeline.engines import require_engine_bundle
 
-    if not (bundle / "model" / "onnx").is_dir():
-        raise InputRefused(f"{bundle}: no model/onnx folder; expected a bundle")
+    require_engine_bundle(bundle)
     try:
         with this_machine() as machine:
             folder = engines or engine_folder(bundle, machine.memory.facts)

@@ -67,19 +67,21 @@ def targets(as_json: bool) -> None:
     import msgspec
 
     from exporter.catalog.profiles import target_profiles
-    from exporter.pipeline.targets import this_machine
+    from exporter.pipeline.targets import machine_targets, unknown_gpu
 
     if as_json:
         print_json([msgspec.to_builtins(t) for t in target_profiles().values()])
         return
     print_table(TARGETS, [_target_row(t) for t in target_profiles().values()])
-    click.echo(f"this machine: {this_machine()}")
+    click.echo(f"this machine: {', '.join(t.name for t in reversed(machine_targets()))}")
+    if left_out := unknown_gpu():
+        click.echo(left_out)
 
 
 def _target_row(target: TargetProfile) -> tuple[str, ...]:
     memory, bandwidth = target.memory, target.bandwidth_gbs
     usable = f"{memory.usable_bytes / 1e9:.1f} GB" if memory else "-"
-    versions = ", ".join(target.tensorrt.versions) if target.tensorrt else "-"
+    versions = target.tensorrt.summary() if target.tensorrt else "-"
     return (
         target.name,
         usable,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ import msgspec
 from exporter.bundle.manifest import Manifest, Usage
 from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
+from exporter.catalog.profiles import find_model
+from exporter.catalog.schema import TargetProfile
 from exporter.core.artifact import atomic_directory
-from exporter.core.errors import InputRefused
+from exporter.core.errors import InputRefused, WrongUsage
+from exporter.families.tasks import Task
 from exporter.graphs.export import refuse_dialect
 from exporter.pipeline import judge, make
 from exporter.pipeline import stages as do
@@ -23,9 +27,15 @@ from exporter.pipeline.evaluation import REFERENCE, Evaluation, open_evaluation
 from exporter.pipeline.forecast import check_scheme
 from exporter.pipeline.job import Build
 from exporter.pipeline.judge import HALF
-from exporter.pipeline.outlook import check_fit
+from exporter.pipeline.outlook import check_fit, check_published_fit
 from exporter.pipeline.request import BuildRequest
-from exporter.pipeline.resolve import Resolved, resolve
+from exporter.pipeline.resolve import (
+    Resolved,
+    refuse_plan_only,
+    resolve,
+    scheme_named,
+    weights_at_hand,
+)
 from exporter.pipeline.stage import Artifact, Reporter, Stages
 from exporter.pipeline.targets import choose_target
 from exporter.pipeline.task_evaluation import TaskEvaluation, open_task_evaluation
@@ -35,6 +45,8 @@ from exporter.quantizers.schemes import Scheme, find_scheme, for_dialect
 if TYPE_CHECKING:
     from exporter.compare.compare import Comparison
     from exporter.compare.tasks.comparison import TaskComparison
+
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class BuildResult:
             table = self.tasks.to_text() + "\n"
         return (
             f"\n{table}\nbundle   {self.bundle}\ndigest   {self.manifest.digest}\n"
-            f"checks   {self.manifest.checks}\n{self.manifest.statement}\n"
+            f"{checks_text(self.manifest.checks)}\n{self.manifest.statement}\n"
             f"next     medexport run {self.bundle} {self._asked()}; stages are kept in {self.work}"
         )
 
@@ -101,6 +113,17 @@ class BuildResult:
         return asked.get(self.manifest.usage.task, "IMAGE")
 
 
+def checks_text(checks: Mapping[str, Any]) -> str:
+    """What each check of a bundle found, a paragraph each, of lines no longer than `WIDTH`."""
+    lines: list[str] = []
+    for name, found in checks.items():
+        first = f"{'' if lines else 'checks':9}"
+        indent = " " * 11
+        text = f"{name}: {found}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent)
+    return "\n".join(lines)
+
+
 def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """Do what `request` asks and leave the bundle at its `out`.
 
@@ -110,6 +133,7 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     if request.out.exists():
         raise InputRefused(f"output folder exists: {request.out}; remove it or give another --out")
     target = choose_target(request.target)
+    _check_before_download(request, target)
     reporter.begin("resolve", request.model)
     found = resolve(request.model, request.weights, request.adapters, offline=request.offline)
     names = dict.fromkeys((request.scheme, *request.also))
@@ -121,6 +145,8 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     budget = read_budget(request.max_size, request.max_kl, mixed=mixed)
     for scheme in schemes.values():
         check_scheme(found.base.path, scheme, budget)
+        if request.compute == "float16":
+            refuse_half(scheme, found.task)
     packaged = schemes[request.scheme]
     fit = check_fit(found, packaged, target, here=request.target == "auto")
     evaluation = _evaluation(request, found) if request.compare else None
@@ -129,11 +155,12 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
         calibration = open_calibration(
             request.calibration or found.profile.calibration,
             request.calibration_samples,
-            request.prompt or found.profile.prompts.default,
+            request.instruction(found.profile),
             evaluation.images if isinstance(evaluation, Evaluation) else None,
             seed=request.calibration_seed,
         )
-    reporter.expect(count_stages(schemes.values(), compare=request.compare))
+    half = request.compute == "float16"
+    reporter.expect(count_stages(schemes.values(), compare=request.compare, half=half))
     reporter.end(
         0.0, cached=False, note=f"{found.tensors} tensors, {found.weight_bytes / 1e6:.1f} MB; {fit}"
     )
@@ -142,11 +169,41 @@ def build_bundle(request: BuildRequest, reporter: Reporter) -> BuildResult:
     return _run(Build(request, found, target, schemes, stages, evaluation, calibration, budget))
 
 
-def count_stages(schemes: Iterable[Scheme], *, compare: bool) -> int:
-    """How many stages a build of these schemes has."""
+def _check_before_download(request: BuildRequest, target: TargetProfile) -> None:
+    """Refuse what cannot fit by its published sizes, where the weights are not at hand."""
+    if weights_at_hand(request.model, request.weights):
+        return
+    profile = find_model(request.model)
+    refuse_plan_only(profile)
+    scheme = find_scheme(scheme_named(profile, request.scheme))
+    check_published_fit(
+        profile, for_dialect(scheme, request.dialect), target, here=request.target == "auto"
+    )
+
+
+def refuse_half(scheme: Scheme, task: Task | None) -> None:
+    """Raise `WrongUsage` for what no graph computes in float16: models that do not caption, and
+    products of integers, which are rounded from float32.
+    """
+    if task:
+        raise WrongUsage(
+            f"--compute float16 is for models that caption, and this is a {task} model, which runs on "
+            "the CPU alone; leave it out"
+        )
+    if scheme.method == "smoothquant":
+        raise WrongUsage(
+            f"--compute float16 and '{scheme.name}' exclude each other: its products are of integers, "
+            "for CPUs; choose int8, int4 or fp16"
+        )
+
+
+def count_stages(schemes: Iterable[Scheme], *, compare: bool, half: bool = False) -> int:
+    """How many stages a build of these schemes has; `half`: float weights are exported for float16
+    arithmetic beside the reference.
+    """
     kinds = list(schemes)
     reference = compare or any(s.calibrated for s in kinds)
-    per_scheme = sum(2 if s.quantizes else 0 if reference else 1 for s in kinds)
+    per_scheme = sum(2 if s.quantizes else 0 if reference and not half else 1 for s in kinds)
     return 3 + reference + per_scheme + (3 if compare else 0)
 
 
@@ -156,7 +213,7 @@ def _evaluation(request: BuildRequest, found: Resolved) -> Evaluation | TaskEval
             found.task,
             request.evaluation,
             limit=request.limit,
-            prompt=request.prompt or found.profile.prompts.default,
+            prompt=request.instruction(found.profile),
             max_new_tokens=found.profile.max_new_tokens,
             threads=request.threads,
             gate=found.profile.task_gate,
@@ -164,7 +221,7 @@ def _evaluation(request: BuildRequest, found: Resolved) -> Evaluation | TaskEval
     return open_evaluation(
         request.evaluation or found.profile.evaluation,
         limit=request.limit,
-        prompt=request.prompt or found.profile.prompts.default,
+        prompt=request.instruction(found.profile),
         max_new_tokens=found.profile.max_new_tokens,
         threads=request.threads,
         gate=found.profile.gate,

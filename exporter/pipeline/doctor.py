@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from exporter.catalog.schema import TargetProfile
 from exporter.core.errors import EnvironmentLacks
-from exporter.pipeline.machine import find_gpu, usable_memory
+from exporter.pipeline.machine import find_gpu, gpu_target, jetson_target, usable_memory
 from exporter.pipeline.targets import cpu_flags, this_machine
 from exporter.pipeline.tools import tool_versions
 from exporter.runtimes.ort_cuda import require_working
 from exporter.runtimes.providers import BESIDE, CUDA, both_installed
 from exporter.runtimes.threads import usable_cores
-from exporter.runtimes.trt_api import available
+from exporter.runtimes.trt_api import available, parse_version
 
 # Modules that an extra of pyproject.toml brings, and what they are for.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -41,6 +42,8 @@ def examine() -> dict[str, Any]:
 
     providers = list(onnxruntime.get_available_providers())
     flags = [f for f in INTERESTING if f in cpu_flags()]
+    gpu = find_gpu()
+    target = gpu_target(gpu) if gpu else jetson_target()
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -51,7 +54,8 @@ def examine() -> dict[str, Any]:
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
         "onnxruntime providers": ", ".join(providers),
         "GPU": _gpu(providers),
-        "TensorRT": _tensorrt(),
+        "GPU multiplies in": _precisions(target) if gpu or target else "no GPU",
+        "TensorRT": _tensorrt(target),
     }
     return {
         "machine": machine,
@@ -88,9 +92,23 @@ def _provider() -> str:
     return "CUDA provider works"
 
 
-def _tensorrt() -> str:
+def _precisions(target: TargetProfile | None) -> str:
+    """Types of its products; 4-bit weights need none of their own."""
+    if target is None:
+        return "no profile names it"
+    return f"{' '.join(target.precisions)} ({target.name}); weights of fewer bits are unpacked"
+
+
+def _tensorrt(target: TargetProfile | None) -> str:
+    least = target.tensorrt.least if target and target.tensorrt else ""
     try:
-        found = available() or "not installed"
+        version = available()
     except EnvironmentLacks as error:  # installed, but it cannot be used
         found = str(error)
+    else:
+        found = version or "not installed"
+        if version and least and parse_version(version) < parse_version(least):
+            found += f", which has no kernels for this GPU: it needs {least} or later"
+        elif not version and least:
+            found += f" (this GPU needs {least} or later)"
     return f"{found}; engines: not run on hardware so far"

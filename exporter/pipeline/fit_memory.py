@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import get_args
 
 from exporter.catalog.schema import TargetProfile
@@ -29,6 +30,9 @@ KERNEL = 8
 INLINE_LIMIT = 64 << 20
 # CUDA context, kernels and workspaces. Assumed: 0.4 to 0.9 GB by device and libraries.
 GPU_RUNTIME = 700_000_000
+# Keys and values in TensorRT's runtime: places by which they grow, and bytes at which tensors begin.
+STEP, ALIGNMENT = 256, 256
+SECOND_BLOCK = "second cache block (TensorRT)"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def predict_memory(
         size = load.batch * item * shape.decoder.cache_values(load.context)
         how = f"{load.context} positions, batch {load.batch}, {8 * item} bits"
         rows.append(MemoryItem("key-value cache", size, how))
+        if not cpu and shape.kind == "captioner":
+            rows.append(_second_block(shape.decoder, load, item, size))
     rows.extend(_activations(shape, scheme, load, cpu=cpu))
     if shape.tower:
         rows.append(MemoryItem("pixels", _pixels(shape.tower), f"{shape.tower.tiles} tile(s)"))
@@ -69,6 +75,20 @@ def predict_memory(
     return tuple(rows)
 
 
+def _second_block(d: DecoderShape, load: Load, item: int, first: int) -> MemoryItem:
+    """What the TensorRT runtime holds beyond `first`: onnxruntime grows one cache in place, TensorRT's
+    reads a past of whole steps and writes a present of one place more (runtimes.trt_decoder).
+    """
+    past = min(-(-max(load.context - 1, 1) // STEP) * STEP, max(d.max_positions - 1, 1))
+    # Every tensor begins at an aligned address: heads are rounded up.
+    width = d.head_dim * item
+    heads = ALIGNMENT // gcd(ALIGNMENT, width)
+    place = 2 * d.layers * -(-d.kv_heads // heads) * heads * width
+    both = load.batch * (place * (2 * past + 1) + item * (d.cache_values(0)))
+    how = f"past of {past}, present of {past + 1}; onnxruntime needs none"
+    return MemoryItem(SECOND_BLOCK, both - first, how)
+
+
 def resident_weights(shape: ModelShape, scheme: Scheme, *, cpu: bool) -> dict[Part, int]:
     """Bytes of the loaded weights by part."""
     parts: tuple[Part, ...] = get_args(Part)
@@ -76,7 +96,8 @@ def resident_weights(shape: ModelShape, scheme: Scheme, *, cpu: bool) -> dict[Pa
     for graph in _graphs(shape, scheme):
         inline = _inline(graph) > 0
         for item in graph:
-            sizes[item.weights.part] += _on_cpu(item, inline=inline) if cpu else item.bytes
+            held = _on_cpu(item, inline=inline) if cpu else _on_gpu(item)
+            sizes[item.weights.part] += held
     return sizes
 
 
@@ -118,7 +139,8 @@ def _on_cpu(item: StoredWeights, *, inline: bool) -> int:
 
     A convolution's kernel is kept in each of its forms.
     A table stays in the mapped file where it is looked up and not `inline`: of a packed one only the
-    rows needed are read, a float one counts whole. One that is also the head is loaded by both graphs.
+    rows needed are read, a float one counts whole. One that is also the head becomes float32 in the
+    decoder's graph; the embedding's graph adds to that what stands inside its file.
     """
     table, shared = item.weights.role == "embedding", bool(item.weights.rows_in)
     if item.weights.convolution:
@@ -126,10 +148,17 @@ def _on_cpu(item: StoredWeights, *, inline: bool) -> int:
     if item.format is None:
         if table and not shared:
             return FLOAT16 * item.weights.parameters
-        return FLOAT32 * item.weights.parameters * (2 if table else 1)
+        return FLOAT32 * item.weights.parameters + (_inline((item,)) if table else 0)
     if table and not shared:
         return item.bytes if inline else 0
     return item.bytes + (FLOAT32 - FLOAT16) * item.scales
+
+
+def _on_gpu(item: StoredWeights) -> int:
+    """As stored; each session has its own, so that a table which is also the head is there twice."""
+    w = item.weights
+    shared = w.part == "decoder" and w.role == "embedding" and w.rows_in
+    return item.bytes * (2 if shared else 1)
 
 
 def _activations(

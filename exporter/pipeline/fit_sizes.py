@@ -112,7 +112,7 @@ def token_operations(shape: ModelShape, context: int) -> int:
         if w.part == "decoder" and w.role != "float" and w.rows_in
     )
     cross = 4 * d.cross_layers * d.cross_tokens * d.cross_width
-    return matrices + 4 * d.layers * context * d.heads * d.head_dim + cross
+    return matrices + 4 * d.seen(context) * d.heads * d.head_dim + cross
 
 
 def _matrix_operations(shape: ModelShape, part: Part) -> int:

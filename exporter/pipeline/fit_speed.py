@@ -28,9 +28,11 @@ class Efficiency:
 
 
 LIMIT = Efficiency(1.0, 1.0)
-# Decoding kernels reach 70 to 90 per cent of the bandwidth on CPUs (82 to 96 tokens a second of a
-# 4-bit SmolLM2-360M at 26 GB/s); attention, norms and launches keep matrix units below half.
+# GPUs. Assumed: attention, norms and launches keep matrix units below half.
 LIKELY = Efficiency(0.7, 0.4)
+# Processors, of a class profile's figures, which are no machine's own: four whole bundles on two cores
+# with AVX2 reached 0.17 to 0.25 of the bandwidth and 0.60 to 0.78 of the rate (docs/fit.md).
+CPU_LIKELY = Efficiency(0.22, 0.66)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of the vision part and the prefill, and tokens a second of all texts together.
+    """Seconds of the vision part and the prefill, and tokens a second of all `batch` texts together.
 
     `bound_by` says what limits writing tokens: "memory" or "arithmetic". Zero tokens a second:
     the model writes none.
@@ -54,6 +56,7 @@ class Speed:
     prefill_s: float
     tokens_per_s: float
     bound_by: str
+    batch: int = 1
 
     @property
     def first_token_s(self) -> float:
@@ -61,8 +64,14 @@ class Speed:
         return self.vision_s + self.prefill_s
 
     def seconds_for(self, tokens: int) -> float:
-        """One caption of `tokens` tokens."""
-        return self.first_token_s + (tokens / self.tokens_per_s if self.tokens_per_s else 0.0)
+        """Until a caption of `tokens` tokens is there: the texts of a batch end together."""
+        written = self.batch * tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+        return self.first_token_s + written
+
+
+def likely_on(target: TargetProfile) -> Efficiency:
+    """What code is likely to reach of the figures of `target`."""
+    return CPU_LIKELY if target.provider == CPU else LIKELY
 
 
 def predict_speed(
@@ -93,11 +102,11 @@ def predict_speed(
         load.batch * prefill_operations(shape, load.prompt) / decoder_rate,
         parts.get("decoder", 0) / bandwidth,
     )
-    cache = shape.decoder.cache_values(load.context) * cache_item(target) * load.batch
+    cache = shape.decoder.read_values(load.context) * cache_item(target) * load.batch
     reading = (token_bytes(shape, scheme) + cache) / bandwidth
     counting = load.batch * token_operations(shape, load.context) / decoder_rate
     step, why = max((reading, "memory"), (counting, "arithmetic"))
-    return Speed(vision, prefill, load.batch / step, why)
+    return Speed(vision, prefill, load.batch / step, why, load.batch)
 
 
 def cache_item(target: TargetProfile) -> int:

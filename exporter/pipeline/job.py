@@ -39,7 +39,7 @@ class Build:
     @property
     def prompt(self) -> str:
         """The instruction that the bundle gives with each image."""
-        return self.request.prompt or self.found.profile.prompts.default
+        return self.request.instruction(self.found.profile)
 
     @property
     def threads(self) -> int:

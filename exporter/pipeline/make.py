@@ -21,16 +21,19 @@ from exporter.quantizers.run import quantize_model
 from exporter.quantizers.schemes import Scheme
 from exporter.quantizers.settings import method_settings
 
-# Calibration images on which float16 graphs are run to find layers that leave its range.
+# Calibration images on which float16 graphs of the standard dialect are run to find layers that leave
+# its range.
 EXAMPLES = 4
 
 
 def merge(b: Build) -> Artifact:
     """The checkpoint in float16 with the adapters merged, and the proof that they changed it."""
-    adapters = [a.path for a in b.found.adapters]
+    adapters, recipe = [a.path for a in b.found.adapters], b.found.profile.adapter
     return b.stages.run(
         "merge",
-        lambda folder, p: do.merge_and_prove(b.found.base.path, adapters, folder, progress=p),
+        lambda folder, p: do.merge_and_prove(
+            b.found.base.path, adapters, folder, recipe=recipe, progress=p
+        ),
         version=1,
         parents=[b.found.base.digest, *(a.digest for a in b.found.adapters)],
         options={},
@@ -106,9 +109,11 @@ def export(b: Build, source: Artifact, name: str, *, candidate: bool = False) ->
     options: dict[str, Any] = {"fp32": name == "fp32", "accuracy_level": level, "dialect": dialect}
     examples: tuple[Path, ...] = ()
     if compute != "float32":
+        options["compute"] = compute
+    if compute != "float32" and dialect == "standard":
         images = open_set(b.request.calibration or b.found.profile.calibration)
         examples = tuple(c.image for c in spread(images.cases(), EXAMPLES))
-        options |= {"compute": compute, "examples": images.digest}
+        options["examples"] = images.digest
     return b.stages.run(
         "export",
         lambda folder, p: do.export_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from exporter.catalog.schema import ModelProfile, TargetProfile
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.checkpoints import folder_config
+from exporter.families.prompts.textfiles import read_optional
 from exporter.families.shapes.find import SHAPES, shape_of, shape_of_config
 from exporter.families.shapes.parts import ModelShape
 from exporter.pipeline.fit import Fit, Recommendation, clock, predict, recommend, refuse_unfit
-from exporter.pipeline.fit_speed import LIKELY, Speed
+from exporter.pipeline.fit_speed import Speed, likely_on
 from exporter.pipeline.resolve import Resolved, folder_profile, is_model_folder, scheme_named
-from exporter.pipeline.targets import choose_target, machine_targets
+from exporter.pipeline.targets import choose_target, machine_targets, unknown_gpu
 from exporter.quantizers.schemes import Scheme, find_scheme
 
 # Finest first. `int4` is what the profile makes of it.
 CANDIDATES = ("fp16", "int8", "int4", "int4-rtn-small")
 HEADER = (
     *("scheme", "weights", "peak memory", "verdict"),
-    *("vision", "first token", "tokens/s", "at most", "caption"),
+    *("encoder", "first token", "tokens/s", "at most", "in all"),
 )
 
 
@@ -50,50 +52,93 @@ class TargetOutlook:
         ]
         chosen = self.recommended
         lines.append(f"recommended: {chosen.scheme or 'nothing'} ({chosen.why})")
+        lines += [
+            f"{f.scheme}: {f.cpu_only}" for f in self.fits if f.cpu_only != self.fits[0].cpu_only
+        ]
+        second = self.fits[0].needed - self.fits[0].least
+        if second and not self.fits[0].cpu_only:
+            lines.append(
+                f"peak memory: with TensorRT; onnxruntime (CUDA) needs {_mb(second)} less (one cache block)"
+            )
+        if chosen.scheme is None and usable:
+            lines += self._ways_out(usable)
+        return lines
+
+    def _ways_out(self, usable: int) -> list[str]:
+        """What would fit, where nothing does: with one runtime alone, or without a desktop."""
+        unfit = [f for f in self.fits if f.verdict == "does not fit"]
+        alone = "with onnxruntime (CUDA) alone, which keeps one cache block,"
+        lines = [
+            f"{alone} {f.scheme} needs {f.least / 1e9:.1f} GB: it would fit"
+            for f in [f for f in unfit if not f.barred][:1]
+        ]
         display = self.target.memory.display_gb if self.target.memory else None
-        if chosen.scheme is None and usable and display:
-            more = usable + int(display.value * 1e9)
-            fitting = [f.scheme for f in self.fits if f.needed <= more]
-            if fitting:
-                lines.append(
-                    f"without a desktop {more / 1e9:.1f} GB are free: {fitting[0]} would fit"
-                )
+        more = usable + int(display.value * 1e9) if display else 0
+        free = f"without a desktop {more / 1e9:.1f} GB are free:"
+        if fitting := [f.scheme for f in unfit if f.needed <= more]:
+            return [*lines, f"{free} {fitting[0]} would fit"]
+        if fitting := [f.scheme for f in unfit if f.least <= more]:
+            return [*lines, f"{free} {fitting[0]} would fit {alone[:-1]}"]
         return lines
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """The model's shape and what follows from it on each target; `asked`: the scheme given."""
+    """The model's shape and what follows from it on each target; `asked`: the scheme given.
+
+    `left_out`: a GPU of this machine that no profile describes, in a line ("": none).
+    """
 
     profile: ModelProfile
     shape: ModelShape
     asked: str | None
     targets: tuple[TargetOutlook, ...]
+    left_out: str = ""
 
     def headline(self) -> str:
         """Model, size, and what is not there yet."""
         facts = self.profile.facts.confidence
         lacks = "; plan only: no family code yet" if self.profile.status != "ready" else ""
         basis = f" (facts: {facts})" if facts else ""
-        return f"{self.profile.title}: {self.shape.parameters / 1e9:.3g} billion parameters{basis}{lacks}"
+        unknown = f"\n{self.left_out}" if self.left_out else ""
+        size = f"{self.shape.parameters / 1e9:.3g} billion parameters"
+        return f"{self.profile.title}: {size}{basis}{lacks}{unknown}"
 
     def assumptions(self) -> str:
         """What the figures hold for."""
-        load, d = self.targets[0].fits[0].load, self.shape.decoder
-        share = f"likely: {LIKELY.bandwidth:.0%} of the bandwidth and {LIKELY.arithmetic:.0%} of the rate"
+        fit, d = self.targets[0].fits[0], self.shape.decoder
+        load = fit.load
+        tower, text, share = self.shape.tower, self.shape.text, self._shares()
+        read = [f"one image at the image limit ({tower.tiles} tile(s))"] if tower else []
+        read += [f"one text of {text.sequence} positions"] if text else []
         if d is None:
-            return f"One image and one text at the model's limits. {share}."
-        tower = self.shape.tower
-        image = f"one image at the image limit ({tower.tiles} tile(s))" if tower else "no image"
+            return f"{' and '.join(read)}, the model's limits. {share}."
+        batch = f"batch {load.batch}"
+        if load.batch > 1:
+            batch += f" (texts of one image; tokens/s of all together, in all: until all {load.batch} end)"
         return (
-            f"{image}, a prompt of {load.prompt} positions, a context of {load.context}, batch "
-            f"{load.batch}, {self.profile.max_new_tokens} new tokens. {share}; at most: all of both."
+            f"{', '.join(read)}, a prompt of {load.prompt} positions, a context of {load.context}, "
+            f"{batch}, {fit.new_tokens} new tokens. {share}; at most: all of both."
         )
+
+    def _shares(self) -> str:
+        """What the likely figures take of each target's own, those that were measured apart."""
+        shares = {
+            f"{e.bandwidth:.0%} of the bandwidth and {e.arithmetic:.0%} of the rate": t.target.name
+            for t in self.targets
+            for e in [likely_on(t.target)]
+        }
+        if len(shares) == 1:
+            return f"likely: {next(iter(shares))}, of measured figures all"
+        each = ", ".join(f"{share} on {name}" for share, name in shares.items())
+        return f"likely: {each}, of measured figures all"
 
     def items(self) -> list[tuple[str, str, str]]:
         """The memory sum of the asked scheme on the first target."""
         fit = self._asked_fit()
-        return [(i.name, _mb(i.bytes), i.how) for i in fit.memory] if fit else []
+        if fit is None or fit.cpu_only:
+            return []
+        return [(i.name, _mb(i.bytes), i.how) for i in fit.memory]
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -103,6 +148,7 @@ class Outlook:
             "parameters": self.shape.parameters,
             "facts": self.profile.facts.confidence,
             "assumptions": self.assumptions(),
+            "left_out": self.left_out or None,
             "targets": [
                 {
                     "target": t.target.name,
@@ -141,7 +187,8 @@ def make_outlook(
         target_outlook(profile, shape, machine, asked, context=context, batch=batch)
         for machine in machines
     )
-    return Outlook(profile, shape, asked.name if asked else None, outlooks)
+    left_out = unknown_gpu() if target == "auto" else ""
+    return Outlook(profile, shape, asked.name if asked else None, outlooks, left_out)
 
 
 def target_outlook(
@@ -177,21 +224,52 @@ def check_fit(found: Resolved, scheme: Scheme, target: TargetProfile, *, here: b
         shape = _folder_shape(found.profile, found.base.path)
     except InputRefused as error:  # a size that only the prediction asks for stops no build
         return f"fit not predicted: {error}"
-    result = target_outlook(found.profile, shape, target, scheme)
+    return _refuse_unfit(found.profile, shape, scheme, target, here=here)
+
+
+def check_published_fit(
+    profile: ModelProfile, scheme: Scheme, target: TargetProfile, *, here: bool
+) -> None:
+    """`check_fit` by the published sizes, before the checkpoint is downloaded.
+
+    Raises as `check_fit` does; sizes that are not published refuse nothing.
+    """
+    try:
+        shape = shape_of(profile)
+    except InputRefused:  # the checkpoint's own config.json says them later
+        return
+    _refuse_unfit(profile, shape, scheme, target, here=here)
+
+
+def _refuse_unfit(
+    profile: ModelProfile, shape: ModelShape, scheme: Scheme, target: TargetProfile, *, here: bool
+) -> str:
+    result = target_outlook(profile, shape, target, scheme)
     fit = next(f for f in result.fits if f.scheme == scheme.name)
     refuse_unfit(fit, result.fits, here=here)
-    return f"needs about {fit.needed / 1e9:.2f} GB on {target.name}"
+    where = f" (not on its GPU: {fit.cpu_only})" if fit.cpu_only else ""
+    more = f" ({fit.needed / 1e9:.2f} GB with TensorRT)" if fit.least < fit.needed else ""
+    return f"needs about {fit.least / 1e9:.2f} GB on {target.name}{more}{where}"
 
 
 def _folder_shape(profile: ModelProfile, folder: Path) -> ModelShape:
+    config, image = folder_config(folder), _image_settings(folder)
+    return shape_of_config(profile.title, profile.family, config, image, profile.max_pixels)
+
+
+def _image_settings(folder: Path) -> Mapping[str, Any]:
+    """The image processor's settings, empty where a folder has none."""
+    # transformers 5 saves them inside processor_config.json alone.
+    nested = read_optional(folder / "processor_config.json").get("image_processor")
+    if isinstance(nested, dict):
+        return nested
     image = folder / "preprocessor_config.json"
-    preprocessor = read_config(image) if image.is_file() else {}
-    config = folder_config(folder)
-    return shape_of_config(profile.title, profile.family, config, preprocessor, profile.max_pixels)
+    return read_config(image) if image.is_file() else {}
 
 
 def _row(fit: Fit) -> tuple[str, ...]:
-    weights, peak = f"{fit.weight_bytes / 1e9:.2f} GB", f"{fit.needed / 1e9:.2f} GB"
+    weights = f"{fit.weight_bytes / 1e9:.2f} GB"
+    peak = "-" if fit.cpu_only else f"{fit.needed / 1e9:.2f} GB"
     head = (fit.scheme, weights, peak, fit.verdict)
     if fit.likely is None or fit.limit is None or fit.caption_s is None:
         return (*head, *["-"] * 5)

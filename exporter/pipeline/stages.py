@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
+from exporter.adapters.expected import differences
 from exporter.adapters.merge import merge_adapters
 from exporter.bundle.manifest import Lineage, Manifest, Source, Usage
 from exporter.bundle.package import BundleParts
 from exporter.bundle.package import package as write_bundle
-from exporter.catalog.schema import ModelProfile
+from exporter.catalog.schema import AdapterRecipe, ModelProfile
 from exporter.compare.tradeoff import TRADEOFF
 from exporter.core.digest import canonical_json
 from exporter.core.errors import InputRefused
@@ -40,15 +41,20 @@ def merge_and_prove(
     out: Path,
     *,
     prove: bool = True,
+    recipe: AdapterRecipe | None = None,
     progress: Progress = silent,
-) -> None:
-    """Merge into `out` and, with adapters, prove that merged logits are the adapter's."""
-    merge_adapters(checkpoint, adapters, out, progress=progress)
+) -> str:
+    """Merge into `out` and, with adapters, prove that merged logits are the adapter's.
+
+    Returns a line on how the adapters differ from the profile's `recipe`; empty where they do not.
+    """
+    merged = merge_adapters(checkpoint, adapters, out, progress=progress)
     if adapters and prove:
         from exporter.adapters.prove import prove_logits
 
         proof = prove_logits(checkpoint, adapters, out, limit_bytes=PROOF_LIMIT)
         (out / PROOF).write_bytes(canonical_json(proof.to_json()))
+    return differences(merged, recipe) if recipe else ""
 
 
 def export_folder(

@@ -8,7 +8,7 @@ from pathlib import Path
 from exporter.catalog.profiles import find_target
 from exporter.catalog.schema import TargetProfile
 from exporter.core.errors import EnvironmentLacks
-from exporter.pipeline.machine import find_gpu, gpu_target, jetson_target, with_own_figures
+from exporter.pipeline.machine import BOARD, find_gpu, gpu_target, jetson_target, with_own_figures
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -32,6 +32,22 @@ def machine_targets() -> tuple[TargetProfile, ...]:
     board, gpu = jetson_target(), find_gpu()
     found = board or (gpu_target(gpu) if gpu else None)
     return (*((found,) if found else ()), choose_target("auto"))
+
+
+def unknown_gpu() -> str:
+    """A line on this machine's GPU where no profile describes it; "" otherwise."""
+    board = BOARD.read_text(errors="replace").rstrip("\0 \n") if BOARD.is_file() else ""
+    gpu = find_gpu()
+    if "Jetson" in board:
+        name = "" if jetson_target() else board
+    else:
+        name = "" if gpu is None or gpu_target(gpu) else f"{gpu.name}, {gpu.memory / 1e9:.1f} GB"
+    if not name:
+        return ""
+    return (
+        f"GPU of this machine: {name} (by its driver or board); no target profile knows it, so it is "
+        "left out; `medexport targets` lists those known, --target takes one"
+    )
 
 
 def this_machine() -> str:

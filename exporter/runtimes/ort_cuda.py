@@ -108,7 +108,7 @@ def check_graph(facts: GraphFacts, name: str) -> None:
     if ATTENTION in facts.operators and floats:
         raise InputRefused(
             f"{name}: computes in float32, and onnxruntime's CUDA kernels of GroupQueryAttention take "
-            "float16; export the model with --compute float16, or use --device cpu"
+            "float16; build the model with --compute float16, or use --device cpu"
         )
 
 
@@ -122,7 +122,7 @@ def _open(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         if "fallback to CPU EP has been explicitly disabled" in said:
             raise InputRefused(
                 f"{path.name}: onnxruntime {ort.__version__} would run nodes of it on the CPU, expected "
-                "all on the GPU; export the model with --compute float16, or use --device cpu"
+                "all on the GPU; build the model with --compute float16, or use --device cpu"
             ) from error
         if "CUDA" in said or "cuda" in said:
             raise EnvironmentLacks(

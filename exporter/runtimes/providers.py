@@ -114,7 +114,7 @@ def check_placement(placement: Placement, operators: Mapping[str, int], name: st
     if fallen:
         raise InputRefused(
             f"{name}: onnxruntime put {_listed(fallen)} on the CPU, expected all but shape arithmetic "
-            "on the GPU; export the model with --compute float16, or use --device cpu"
+            "on the GPU; build the model with --compute float16, or use --device cpu"
         )
 
 

@@ -7,11 +7,14 @@ The reference is transformers' own class, loaded with the merged float16 weights
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from exporter.adapters.merge import merge_adapters
 from exporter.adapters.prove import prove_logits
 from exporter.families.base import PromptInputs
+from exporter.families.checkpoints import layout_of
 from exporter.families.table import family_of
 from exporter.graphs.check import check_graphs
 from exporter.graphs.export import export_model
@@ -34,10 +39,12 @@ from exporter.runtimes.base import feature_rows
 from exporter.runtimes.ort import OrtCaptioner
 from exporter.runtimes.torch_reference import load_model
 from tests.support.adapters import write_adapter
-from tests.support.family_cases import CASES, FamilyCase
+from tests.support.family_cases import CASES, FamilyCase, Renames
 
 torch.set_num_threads(1)
 PROMPT, LENGTH, TOLERANCE = "Describe this medical image.", 24, 1e-4
+ALL_LINEAR, RANK = ("all-linear",), 4
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 RAGGED = [(64, 64), (97, 31), (40, 90), (13, 77)]
 
 
@@ -51,6 +58,19 @@ class Built:
     merged: Path
     model: Any
     captioners: dict[str, OrtCaptioner] = field(default_factory=dict)
+
+    @cached_property
+    def adapter(self) -> Path:
+        """A LoRA adapter of the row's recipe, saved by peft."""
+        recipe = self.case.recipe
+        assert recipe.scaling is not None
+        return write_adapter(
+            self.base if self.case.torch_base else self.merged,
+            self.root / "adapter",
+            r=RANK,
+            lora_alpha=round(recipe.scaling * RANK),
+            target_modules="all-linear" if recipe.targets == ALL_LINEAR else list(recipe.targets),
+        )
 
     def captioner(self, scheme: str) -> OrtCaptioner:
         """The exported model of a scheme; "float32" is not quantized."""
@@ -230,21 +250,55 @@ def test_quantized_models_stay_near(built: Built, scheme: str) -> None:
 
 
 def test_an_adapter_merges_and_is_proven(built: Built, tmp_path: Path) -> None:
-    case, out = built.case, tmp_path / "out"
-    trained_on = built.base if case.torch_base else built.merged
-    targets = case.targets if isinstance(case.targets, str) else list(case.targets)
-    adapter = write_adapter(
-        trained_on, tmp_path / "adapter", target_modules=targets, lora_alpha=case.alpha
-    )
+    """An adapter of the published recipe: each of its targets is a module of the family."""
+    recipe, out = built.case.recipe, tmp_path / "out"
     out.mkdir()
-    proof = merge_adapters(built.base, [adapter], out)
-    assert {t.scaling for t in proof.targets} == {case.alpha / 4}
-    found = prove_logits(built.base, [adapter], out)
+    proof = merge_adapters(built.base, [built.adapter], out)
+    assert {t.scaling for t in proof.targets} == {recipe.scaling}
+    changed = [t.tensor.removesuffix(".weight") for t in proof.targets]
+    if recipe.targets == ALL_LINEAR:
+        modules = built.model.named_modules()
+        linear = {name for name, module in modules if isinstance(module, torch.nn.Linear)}
+        assert set(changed) == linear - {"lm_head"}
+    else:
+        for target in recipe.targets:
+            assert any(f".{name}".endswith(f".{target}") for name in changed), target
+    found = prove_logits(built.base, [built.adapter], out)
     assert found.method == "logits"
     assert found.image_tiles >= 2
     assert found.base_difference is not None
     assert found.tolerance is not None
     assert found.base_difference > 10 * found.tolerance
+
+
+def test_key_layouts_of_adapters_merge_alike(built: Built, tmp_path: Path) -> None:
+    """The adapter with the keys that it would have of other versions or of the published class."""
+    stored = load_file(built.adapter / WEIGHTS)
+    layouts = {"newest": stored}
+    for version, renames in built.case.keys.items():
+        layouts[version] = {older(key, renames): value for key, value in stored.items()}
+        assert layouts[version].keys() != stored.keys(), version
+    if len(layouts) == 1:
+        config = json.loads((built.merged / "config.json").read_text())
+        assert not layout_of(config).renames, "a family with several layouts needs a row of them"
+    digests = set()
+    for version, tensors in layouts.items():
+        out = tmp_path / f"{version}-merged"
+        out.mkdir()
+        adapter = Path(shutil.copytree(built.adapter, tmp_path / version))
+        save_file(tensors, adapter / WEIGHTS, {"format": "pt"})
+        merge_adapters(built.base, [adapter], out)
+        digests.add(sha256((out / "model.safetensors").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def older(key: str, renames: Renames) -> str:
+    """The key of an adapter under another version's names."""
+    name = key.removeprefix(PREFIX)
+    for new, old in renames:
+        if name.startswith(new):
+            return PREFIX + old + name.removeprefix(new)
+    return key
 
 
 WITHOUT_TORCH = """

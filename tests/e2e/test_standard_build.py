@@ -84,7 +84,7 @@ def test_float16_arithmetic_is_compared_with_float32(
     "options",
     [
         ["--int8", "--format", "tensorrt", "--dialect", "ort"],
-        ["--int8", "--compute", "float16"],
+        ["--scheme", "int8-static", "--compute", "float16"],
         ["--scheme", "int4-rtn", "--dialect", "standard"],
     ],
 )

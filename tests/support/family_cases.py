@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from exporter.catalog.profiles import find_model
+from exporter.catalog.schema import AdapterRecipe
 from exporter.families.base import PromptInputs
 from tests.support.tiny import write_tiny_model
 from tests.support.tiny_blip2 import write_tiny_blip2, write_tiny_xraygpt
@@ -27,7 +29,55 @@ from tests.support.tiny_qwen import IMAGE_ID, write_tiny_qwen
 from tests.support.tiny_ved import write_tiny_ved
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PROJECTOR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
+# Stems of module names: the newest, and another version's. The first that fits counts.
+Renames = tuple[tuple[str, str], ...]
+LLAVA_451: Renames = (
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+LLAVA_457: Renames = (("model.vision_tower.", "model.vision_tower.vision_model."),)
+LLAVA_KEYS: Mapping[str, Renames] = {"4.51": LLAVA_451, "4.57": LLAVA_457}
+QWEN_KEYS: Mapping[str, Renames] = {
+    "4.51": (("model.language_model.", "model."), ("model.visual.", "visual.")),
+}
+# Adapters of the model without its head.
+HEADLESS_KEYS: Mapping[str, Renames] = {"without head": (("model.", ""),)}
+LLAVA_MED_KEYS: Mapping[str, Renames] = {
+    "published": (
+        ("model.language_model.", "model."),
+        ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    )
+}
+XRAYGPT_KEYS: Mapping[str, Renames] = {"published": (("language_model.", "llama_model."),)}
+VIT_KEYS: Mapping[str, Renames] = {
+    "4.57": tuple(
+        (f"encoder.layers.{layer}.{new}.", f"encoder.encoder.layer.{layer}.{old}.")
+        for layer in range(4)
+        for new, old in (
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.k_proj", "attention.attention.key"),
+            ("attention.v_proj", "attention.attention.value"),
+            ("attention.o_proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        )
+    )
+}
+VISUAL = "vision_encoder.encoder.model.visual.blocks"
+MOONDREAM_KEYS: Mapping[str, Renames] = {
+    "inner class": (("model.", ""),),
+    "2024": (
+        *(
+            (f"model.text.blocks.{layer}.{new}.", f"text_model.transformer.h.{layer}.{old}.")
+            for layer in range(4)
+            for new, old in (("attn.qkv", "mixer.Wqkv"), ("attn.proj", "mixer.out_proj"))
+        ),
+        ("model.text.blocks.", "text_model.transformer.h."),
+        ("model.vision.blocks.", f"{VISUAL}."),
+        ("model.vision.proj_mlp.", "vision_encoder.projection.mlp."),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,23 +85,33 @@ class FamilyCase:
     """One row.
 
     `write` writes the folder; `arguments` are those of the torch model for prepared inputs; `tiles`:
-    (width, height) of an image in pixels by the number of tiles the tower gets for it; `targets` and
-    `alpha` (at rank 4): the study's adapter; `kl`: the mean KL divergence in nats per token that a
-    scheme may have on these random weights; `torch_base`: transformers reads the folder as it is;
-    `one_image`: why a prompt cannot have several; `rows` makes of a torch model and its features the
-    rows that the vision graph gives.
+    (width, height) of an image in pixels by the number of tiles the tower gets for it; `adapter`: the
+    name of the profile whose published recipe is trained, or a recipe of ours where the row's profiles
+    have none; `keys`: names that adapters of other versions give the modules, empty where there is one
+    layout alone; `kl`: the mean KL divergence in nats per token that a scheme may have on these random
+    weights; `torch_base`: transformers reads the folder as it is; `one_image`: why a prompt cannot have
+    several; `rows` makes of a torch model and its features the rows that the vision graph gives.
     """
 
     name: str
     write: Callable[[Path], Path]
     arguments: Callable[[PromptInputs], dict[str, torch.Tensor]]
     tiles: Mapping[int, tuple[int, int]]
-    targets: tuple[str, ...] | str
-    alpha: int
+    adapter: str | AdapterRecipe
+    keys: Mapping[str, Renames]
     kl: Mapping[str, float]
     torch_base: bool = True
     one_image: str = ""
     rows: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, features: features
+
+    @property
+    def recipe(self) -> AdapterRecipe:
+        """Modules and scaling of the adapter that the contract trains."""
+        if isinstance(self.adapter, AdapterRecipe):
+            return self.adapter
+        recipe = find_model(self.adapter).adapter
+        assert recipe is not None, f"profile {self.adapter} has no recipe"
+        return recipe
 
 
 def _idefics3(folder: Path) -> Path:
@@ -155,18 +215,18 @@ CASES = (
         _idefics3,
         _one_batch,
         {5: (128, 32), 9: (100, 50), 17: (100, 100)},
-        "all-linear",
-        8,
+        "smolvlm-500m",
+        HEADLESS_KEYS,
         KL,
     ),
-    FamilyCase("llava", write_tiny_llava, _images, {1: (70, 50)}, (*ALL, *PROJECTOR), 4, KL),
+    FamilyCase("llava", write_tiny_llava, _images, {1: (70, 50)}, "llava-1.5-7b", LLAVA_KEYS, KL),
     FamilyCase(
         "llava_next-mistral",
         _next("mistral"),
         _anyres,
         ANYRES,
-        tuple(t for t in ALL if t != "o_proj"),
-        8,
+        "llava-v1.6-mistral-7b",
+        LLAVA_KEYS,
         KL,
     ),
     FamilyCase(
@@ -174,33 +234,66 @@ CASES = (
         _next("llama"),
         _anyres,
         ANYRES,
-        (*(t for t in ALL if t != "o_proj"), *PROJECTOR),
-        4,
+        "llava-v1.6-vicuna-7b",
+        LLAVA_KEYS,
         KL,
     ),
     FamilyCase(
-        "llava-med", write_tiny_llava_med, _images, {1: (70, 50)}, ALL, 8, KL, torch_base=False
+        "llava-med",
+        write_tiny_llava_med,
+        _images,
+        {1: (70, 50)},
+        AdapterRecipe(ALL, 2.0),
+        LLAVA_MED_KEYS,
+        KL,
+        torch_base=False,
     ),
     FamilyCase(
         "blip2-opt",
         write_tiny_blip2,
         _images,
         {1: (70, 50)},
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        8,
+        AdapterRecipe(("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"), 2.0),
+        {},
         KL,
     ),
-    FamilyCase("xraygpt", write_tiny_xraygpt, _images, {1: (70, 50)}, ALL, 8, KL, torch_base=False),
-    FamilyCase("gemma3", write_tiny_gemma3, _kinds, {1: (70, 50)}, "all-linear", 4, KL),
-    FamilyCase("qwen2_vl", _qwen("qwen2_vl"), _patches, PATCHES, ALL, 4, QWEN_KL),
-    FamilyCase("qwen2_5_vl", _qwen("qwen2_5_vl"), _patches, PATCHES, ALL, 2, QWEN_KL),
+    FamilyCase(
+        "xraygpt",
+        write_tiny_xraygpt,
+        _images,
+        {1: (70, 50)},
+        AdapterRecipe(ALL, 2.0),
+        XRAYGPT_KEYS,
+        KL,
+        torch_base=False,
+    ),
+    FamilyCase("gemma3", write_tiny_gemma3, _kinds, {1: (70, 50)}, "medgemma-4b", LLAVA_KEYS, KL),
+    FamilyCase(
+        "qwen2_vl",
+        _qwen("qwen2_vl"),
+        _patches,
+        PATCHES,
+        "qwen2-vl-2b-instruct",
+        QWEN_KEYS,
+        QWEN_KL,
+    ),
+    FamilyCase(
+        "qwen2_5_vl",
+        _qwen("qwen2_5_vl"),
+        _patches,
+        PATCHES,
+        "qwen2.5-vl-3b-instruct",
+        QWEN_KEYS,
+        QWEN_KL,
+    ),
     FamilyCase(
         "vit-gpt2",
         write_tiny_ved,
         _caption,
         {1: (70, 50)},
-        ("c_attn", "c_proj", "c_fc", "q_attn"),
-        8,
+        # The decoder's matrices, and the tower's, whose names have changed.
+        AdapterRecipe(("c_attn", "c_proj", "c_fc", "q_attn", "q_proj", "o_proj", "fc1"), 2.0),
+        VIT_KEYS,
         KL,
         one_image="the decoder sees the image by cross-attention",
     ),
@@ -209,8 +302,8 @@ CASES = (
         write_tiny_cnn,
         _images,
         {1: (70, 50)},
-        ("linear1", "linear2", "project"),
-        8,
+        AdapterRecipe(("linear1", "linear2", "project"), 2.0),
+        {},
         KL,
         one_image="the decoder sees the image by cross-attention",
     ),
@@ -219,8 +312,8 @@ CASES = (
         write_tiny_idefics,
         _seen,
         {1: (70, 50)},
-        ("q_proj", "k_proj", "v_proj"),
-        8,
+        "idefics-9b-instruct",
+        HEADLESS_KEYS,
         IDEFICS_KL,
         rows=_gated_rows,
     ),
@@ -229,8 +322,8 @@ CASES = (
         write_tiny_moondream,
         _crops,
         {2: (13, 77), 10: (64, 64), 13: (97, 31)},
-        ("qkv", "proj", "fc1", "fc2"),
-        1,
+        "moondream2",
+        MOONDREAM_KEYS,
         KL,
         torch_base=False,
         one_image="start token and image are one prefix that is seen both ways",

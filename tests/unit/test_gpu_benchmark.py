@@ -78,9 +78,11 @@ def test_without_a_gpu_every_row_says_why(tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU")
     out = tmp_path / "gpu.json"
     done = run(out, "--models", "demo", "--precisions", "fp16", "--runtimes", "torch,onnxruntime")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 5, done.stderr
     assert "0 measured, 2 skipped" in done.stdout
     reasons = {row["runtime"]: row["skipped"] for row in json.loads(out.read_text())["rows"]}
+    last = done.stdout.splitlines()[-1]
+    assert last == f"nothing was measured; the first reason: {reasons['torch']}"
     assert "--device cuda: torch" in reasons["torch"]
     assert "CUDAExecutionProvider" in reasons["onnxruntime"]
 

@@ -60,18 +60,29 @@ def test_help_costs_less_than_half_a_second_over_a_bare_start():
 
 
 DEPLOYED = ("core", "catalog", "families", "runtimes", "bundle", "engines")
+# A torch class of a family is named, not imported, by the family's own file.
+BUILD_ONLY = ("exporter.families.reference.", "exporter.runtimes.torch_reference")
+
+
+def modules(room: str) -> list[str]:
+    """Every module of a room and of the rooms inside it, sorted."""
+    files = sorted((ROOT / "exporter" / room).rglob("*.py"))
+    inside = [p.relative_to(ROOT).with_suffix("").parts for p in files if p.stem != "__init__"]
+    return [".".join(parts) for parts in inside]
 
 
 @pytest.mark.parametrize("room", DEPLOYED)
 def test_the_deployed_rooms_import_no_build_side_package(room):
-    folder = ROOT / "exporter" / room
-    # A torch class of a family is named, not imported, by the family's own file.
-    build_only = {"torch_reference.py", *(p.name for p in folder.glob("*_torch.py"))}
-    names = [
-        f"exporter.{room}.{p.stem}"
-        for p in sorted(folder.glob("*.py"))
-        if p.name not in build_only | {"__init__.py"}
-    ]
-    assert names
+    names = [name for name in modules(room) if not name.startswith(BUILD_ONLY)]
     found = loaded_after("\n".join(f"import {n}" for n in names))
     assert not found & {"torch", "transformers", "onnx", "peft", "huggingface_hub"}
+
+
+def test_rooms_inside_rooms_are_looked_at_too():
+    light = {name for room in DEPLOYED for name in modules(room)}
+    assert {"exporter.runtimes.tasks.zero_shot", "exporter.families.captioners.llava"} <= light
+    # What is left out is there, and is what needs torch.
+    for left_out in BUILD_ONLY:
+        assert any(name.startswith(left_out) for name in light), left_out
+    (first, *_) = sorted(name for name in light if name.startswith("exporter.families.reference."))
+    assert "torch" in loaded_after(f"import {first}")

@@ -193,6 +193,7 @@ def test_defaults_are_those_of_the_config_classes():
 
 def test_alias_finds_the_profile():
     assert find_model("smolvlm").name == "smolvlm-500m"
+    assert find_model("smolvlm2").name == "smolvlm2-500m"
 
 
 @pytest.mark.parametrize(

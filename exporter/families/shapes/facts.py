@@ -8,26 +8,40 @@ from dataclasses import dataclass
 from exporter.catalog.schema import Value
 from exporter.core.errors import InputRefused
 
+FROM_PROFILE = (
+    "expected a positive integer in the profile: give --model DIR or --weights DIR with your own "
+    "config.json"
+)
+FROM_FOLDER = (
+    "expected a positive integer in the folder's config.json or preprocessor_config.json: correct the "
+    "file"
+)
+
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """Values of config.json by dotted key, of the image processor, and the pixel bound asked for."""
+    """Values of config.json by dotted key, of the image processor, and the pixel bound asked for.
+
+    `advice`: what to do where a size is missing.
+    """
 
     title: str
     values: Mapping[str, Value]
     image: Mapping[str, Value]
     max_pixels: int | None = None
+    advice: str = FROM_PROFILE
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """The first of `keys` that is known, as a positive integer.
 
         Raises `InputRefused` when none is known and there is no `default`, or it is no size.
         """
-        return _size(self.title, self.values, keys, default)
+        return _size(self.title, self.values, keys, default, self.advice)
 
     def limit(self, key: str, default: int | None = None) -> int:
         """A positive integer of the image processor. Raises `InputRefused` as `size` does."""
-        return _size(f"{self.title}, image processor", self.image, (key,), default)
+        title = f"{self.title}, image processor"
+        return _size(title, self.image, (key,), default, self.advice)
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean of the config."""
@@ -64,13 +78,16 @@ class ConfigFacts:
 
 
 def _size(
-    title: str, values: Mapping[str, Value], keys: tuple[str, ...], default: int | None
+    title: str,
+    values: Mapping[str, Value],
+    keys: tuple[str, ...],
+    default: int | None,
+    advice: str,
 ) -> int:
     found = next((values[k] for k in keys if values.get(k) is not None), default)
     if type(found) is not int or found < 1:
         said = "not published" if found is None else f"{found!r}"
         raise InputRefused(
-            f"{title}: {keys[0]} is {said}, and no plan can be made without it; expected a positive "
-            "integer in the profile or in config.json: give --model DIR with your own config.json"
+            f"{title}: {keys[0]} is {said}, and no plan can be made without it; {advice}"
         )
     return found

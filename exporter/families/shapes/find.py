@@ -12,7 +12,7 @@ from typing import Any
 from exporter.catalog.schema import ModelProfile, Value
 from exporter.catalog.shapes import known_config
 from exporter.core.errors import InputRefused
-from exporter.families.shapes.facts import ConfigFacts
+from exporter.families.shapes.facts import FROM_FOLDER, ConfigFacts
 from exporter.families.shapes.parts import ModelShape
 from exporter.families.table import ALL_FAMILIES, config_defaults
 
@@ -41,7 +41,8 @@ def shape_of_config(
     Raises `InputRefused` as `shape_of` does.
     """
     values = with_defaults(family, flattened(config))
-    facts = ConfigFacts(title, values, image_limits(preprocessor), max_pixels)
+    limits = image_limits(preprocessor)
+    facts = ConfigFacts(title, values, limits, max_pixels, FROM_FOLDER)
     return _shape(str(config.get("model_type")), facts)
 
 
@@ -73,6 +74,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
 
 def image_limits(preprocessor: Mapping[str, Any]) -> dict[str, Value]:
     """A preprocessor_config.json in the keys of `facts.preprocessor`."""
+    side = _side(preprocessor)
     flat = flattened(preprocessor)
     names = {
         "size.longest_edge": "longest_edge",
@@ -82,7 +84,23 @@ def image_limits(preprocessor: Mapping[str, Any]) -> dict[str, Value]:
         "max_pixels": "max_pixels",
         "min_pixels": "min_pixels",
     }
-    return {name: flat[key] for key, name in names.items() if key in flat}
+    known = {name: flat[key] for key, name in names.items() if key in flat}
+    return known if side is None else {"size": side, **known}
+
+
+def _side(preprocessor: Mapping[str, Any]) -> Value:
+    """The side of the square that every image becomes, or (height, width); None: it depends on the image.
+
+    A shortest edge says nothing of it without the crop that follows.
+    """
+    crop = preprocessor.get("crop_size") if preprocessor.get("do_center_crop", True) else None
+    size = preprocessor.get("size") if crop is None else crop
+    if isinstance(size, int):
+        return size
+    if not isinstance(size, Mapping) or not {"height", "width"} <= size.keys():
+        return None
+    height, width = size["height"], size["width"]
+    return height if height == width else (height, width)
 
 
 def _shape(model_type: str, facts: ConfigFacts) -> ModelShape:

@@ -75,7 +75,9 @@ class DecoderShape:
 
     `image_tokens`: positions of the prompt that one image takes at the image limit, markers
     included (0 where the image is reached by cross-attention only). `quadratic`: whether attention
-    over the prompt runs both ways somewhere, so that it cannot be cut into pieces.
+    over the prompt runs both ways somewhere, so that it cannot be cut into pieces. `windows`: how many
+    of the last positions a token reads in each layer that does not read all; keys and values of all
+    positions are kept in those layers too.
     """
 
     layers: int
@@ -92,10 +94,23 @@ class DecoderShape:
     cross_tokens: int = 0
     cross_width: int = 0
     quadratic: bool = False
+    windows: tuple[int, ...] = ()
 
     def cache_values(self, positions: int) -> int:
         """Keys and values of one text of `positions` positions, and of its image's cross-attention."""
-        own = 2 * self.layers * positions * self.kv_heads * self.head_dim
+        return self._cached(self.layers * positions)
+
+    def read_values(self, positions: int) -> int:
+        """As `cache_values`, those that writing one token behind `positions` positions reads."""
+        return self._cached(self.seen(positions))
+
+    def seen(self, positions: int) -> int:
+        """Positions that one token attends to, summed over the layers."""
+        full = (self.layers - len(self.windows)) * positions
+        return full + sum(min(window, positions) for window in self.windows)
+
+    def _cached(self, places: int) -> int:
+        own = 2 * places * self.kv_heads * self.head_dim
         return own + 2 * self.cross_layers * self.cross_tokens * self.cross_width
 
 

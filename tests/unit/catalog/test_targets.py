@@ -9,6 +9,7 @@ from exporter.catalog.profiles import find_target, read_profile, target_profiles
 from exporter.catalog.schema import Label, Quantity, TargetProfile
 from exporter.core.data import data_root
 from exporter.core.errors import InputRefused
+from exporter.runtimes.trt_api import OLDEST, parse_version
 
 TARGETS = sorted(target_profiles())
 GPUS = [name for name in TARGETS if find_target(name).compute_capability]
@@ -47,9 +48,12 @@ def test_a_gpu_says_what_a_plan_needs(name):
     assert target.memory is not None
     assert target.bandwidth_gbs is not None
     assert "fp16" in target.rates
+    # What it multiplies in: everything with a rate, the type with the rate of fp16, and float32.
+    assert set(target.precisions) - set(target.rates) <= {"bf16", "fp32"}
     assert set(target.rates) <= set(target.precisions)
     assert target.tensorrt is not None
     assert target.tensorrt.versions
+    assert target.tensorrt.source.startswith("https://")
     # Turing is the oldest that TensorRT 10.5 and later build for.
     assert tuple(map(int, target.compute_capability.value.split("."))) >= (7, 5)
 
@@ -74,6 +78,36 @@ def test_precisions_follow_the_architecture():
         assert ("fp8" in target.precisions) == (capability >= (8, 9))
         assert ("bf16" in target.precisions) == (capability >= (8, 0))
         assert ("fp4" in target.precisions) == (capability >= (10, 0))
+        assert ("int4" in target.precisions) == (capability < (9, 0))
+
+
+def test_the_least_tensorrt_follows_the_architecture():
+    """None is older than the API this was written for; later architectures came with later releases."""
+    for name in GPUS:
+        target = find_target(name)
+        capability = tuple(map(int, target.compute_capability.value.split(".")))
+        least = {(12, 0): (10, 8), (11, 0): (10, 13, 2)}.get(capability, OLDEST)
+        assert parse_version(target.tensorrt.least) == least
+        assert target.tensorrt.versions[0] == str(least[0])
+    assert find_target("rtx-5090").tensorrt.summary() == "10.8+"
+    assert find_target("jetson-thor").tensorrt.summary() == "10.13.2+, 11"
+
+
+def test_few_facts_have_no_page():
+    """Those that were found nowhere, by name: none may be added without a look."""
+    missing = [
+        (name, fact.value)
+        for name in TARGETS
+        for fact in facts(find_target(name))
+        if fact.confidence == "not re-read"
+    ]
+    assert missing == [("jetson-agx-orin-64gb", 204.8)]
+
+
+def test_a_processor_multiplies_in_what_it_has_a_rate_for():
+    for name in set(TARGETS) - set(GPUS):
+        target = find_target(name)
+        assert set(target.precisions) == set(target.rates)
 
 
 def test_shared_memory_leaves_less_for_a_model():
@@ -97,6 +131,8 @@ def test_device_names_belong_to_one_target():
         (lambda c: c["rates"].update(int3=c["rates"]["int8"]), r"\$\.rates"),
         (lambda c: c["bandwidth_gbs"].update(confidence="sure"), r"'sure'"),
         (lambda c: c.update(vram=1), r"unknown field `vram`"),
+        (lambda c: c["tensorrt"].pop("least"), r"missing required field `least`"),
+        (lambda c: c["tensorrt"].update(least="ten"), r"\$\.tensorrt\.least"),
     ],
 )
 def test_a_wrong_target_is_refused_with_the_place(tmp_path, edit, place):

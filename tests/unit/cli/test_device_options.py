@@ -117,6 +117,16 @@ def test_run_hands_the_device_over(
     assert asked == ["cuda", "cpu"]
 
 
+def test_engines_and_the_cuda_provider_exclude_each_other(
+    bundle: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--device cuda falls back to nothing, and engines that are refused fall back to the CPU."""
+    code = run(["run", str(bundle), str(image), "--device", "cuda", "--runtime", "tensorrt"])
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "")
+    assert "leave out --device cuda, or --runtime tensorrt" in shown.err
+
+
 @NO_CUDA
 def test_compare_on_a_gpu_that_is_not_there(
     merged: Path, exported: Path, capsys: pytest.CaptureFixture[str]

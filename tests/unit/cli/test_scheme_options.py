@@ -59,3 +59,10 @@ def test_they_need_one_scheme(plan: Plan, options: tuple[str, ...]) -> None:
     code, _, err = plan(*options)
     assert code == 2
     assert "exactly one of --int4, --int8 and --scheme" in err
+
+
+def test_help_says_whose_prompt_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Instruction given with each image; default: the profile's." in text
+    assert "model folder (./NAME where a profile has that name)" in text

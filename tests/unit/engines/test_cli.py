@@ -117,6 +117,15 @@ def other_dialect(site: Site, bundle: Path, patch: pytest.MonkeyPatch) -> None:
     (bundle / "manifest.json").write_bytes(encode_manifest(changed))
 
 
+def bundle_of_a_task(site: Site, bundle: Path, patch: pytest.MonkeyPatch) -> None:
+    from exporter.bundle.manifest import encode_manifest, read_manifest
+
+    manifest = read_manifest(bundle)
+    usage = msgspec.structs.replace(manifest.usage, task="text-encoder")
+    changed = msgspec.structs.replace(manifest, usage=usage, dialect="ort")
+    (bundle / "manifest.json").write_bytes(encode_manifest(changed))
+
+
 def no_profiles(site: Site, bundle: Path, patch: pytest.MonkeyPatch) -> None:
     from exporter.bundle.manifest import encode_manifest, list_entries, read_manifest
 
@@ -141,6 +150,12 @@ def no_kernel(site: Site, bundle: Path, patch: pytest.MonkeyPatch) -> None:
     site.trt.build_fails = "no kernel"
 
 
+OF_THE_BUNDLE = [
+    (other_dialect, "--format tensorrt"),
+    (bundle_of_a_task, "a text-encoder model; engines are built for models that caption"),
+    (no_profiles, "has no reports/export.json"),
+    (no_bundle, "no such folder"),
+]
 ERRORS = [
     (no_library, 5, "tensorrt-cu12"),
     (old_library, 5, "TensorRT 8.6.1; expected 10.3"),
@@ -167,6 +182,21 @@ def test_each_way_to_fail_is_one_line_and_leaves_no_engines(
     assert says in captured.err.splitlines()[-1]
     assert captured.err.splitlines()[-1].startswith("medexport: ")
     assert not site_folder(here, FACTS).exists()
+
+
+@pytest.mark.parametrize("command", ["build", "check"])
+@pytest.mark.parametrize(("change", "says"), OF_THE_BUNDLE)
+def test_the_bundle_is_looked_at_before_the_library(
+    command: str, change: object, says: str, site: Site, here: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nobody installs TensorRT to learn that the bundle is not for it."""
+    no_library(site, here, monkeypatch)
+    assert callable(change)
+    change(site, here, monkeypatch)
+    assert run(["engine", command, str(here)]) == 3
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert says in line and "tensorrt-cu12" not in line
 
 
 def test_check_says_why_not_and_what_is_used_instead(

@@ -12,7 +12,7 @@ from exporter.catalog.shapes import known_config, tensor_table
 from exporter.core.data import data_root
 from exporter.core.errors import InputRefused
 from exporter.families.prompts.idefics3 import image_text
-from exporter.families.shapes.find import SHAPES, shape_of, shape_of_config
+from exporter.families.shapes.find import SHAPES, image_limits, shape_of, shape_of_config
 
 # Published counts, kept here apart from the profiles. Most follow from exact file sizes.
 PUBLISHED = {
@@ -133,7 +133,10 @@ def test_a_config_gives_the_shape_of_its_profile():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "idefics3"}, r"vision_config\.image_size is not published.*--model DIR"),
+        (
+            {"model_type": "idefics3"},
+            r"vision_config\.image_size is not published.*expected .* in the folder's config\.json",
+        ),
         ({"model_type": "eva"}, "model_type 'eva' has no known shape"),
     ],
 )
@@ -141,6 +144,45 @@ def test_an_unknown_size_is_said(config, words):
     with pytest.raises(InputRefused, match=words) as caught:
         shape_of_config("x", "no family", config, {})
     assert "\n" not in str(caught.value)
+    assert "--model" not in str(caught.value), "a folder was given"
+
+
+def test_a_size_that_no_profile_says_may_stand_in_a_folder():
+    profile = find_model("clipseg")
+    facts = msgspec.structs.replace(profile.facts, preprocessor={})
+    with pytest.raises(InputRefused, match="size is not published.*give --model DIR or --weights"):
+        shape_of(msgspec.structs.replace(profile, facts=facts))
+
+
+@pytest.mark.parametrize(
+    ("image", "side"),
+    [
+        ({"size": 352}, 352),
+        ({"size": {"height": 352, "width": 352}}, 352),
+        ({"size": {"height": 352, "width": 224}}, (352, 224)),
+        ({"size": 256, "crop_size": 224}, 224),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, 224),
+        ({"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": False}, None),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, None),
+        ({"size": {"longest_edge": 2048}}, None),
+        ({}, None),
+    ],
+)
+def test_the_side_of_prepared_images_is_read_from_every_published_form(image, side):
+    assert image_limits(image).get("size") == side
+
+
+def test_clipseg_of_a_folder_has_the_sizes_of_its_profile():
+    profile = find_model("clipseg")
+    config: dict = {"model_type": "clipseg", "text_config": {}, "vision_config": {}}
+    for key, value in known_config(profile).items():
+        section, _, leaf = key.rpartition(".")
+        (config[section] if section else config)[leaf] = value
+    for size in (352, {"height": 352, "width": 352}):
+        found = shape_of_config(profile.title, "clipseg", config, {"size": size})
+        assert found == shape_of(profile)
+    with pytest.raises(InputRefused, match="image processor: size is .352, 224"):
+        shape_of_config("x", "clipseg", config, {"size": {"height": 352, "width": 224}})
 
 
 @pytest.mark.parametrize("bad", ["wide", True, 0, -1, 1.5])

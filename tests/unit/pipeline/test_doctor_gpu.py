@@ -12,10 +12,19 @@ from exporter.pipeline import doctor
 from exporter.pipeline.machine import Gpu
 from exporter.runtimes.providers import CPU, CUDA
 
+L4 = Gpu("NVIDIA L4", 24 * 10**9, "8.9")
 
-def found(monkeypatch: pytest.MonkeyPatch, providers: list[str], *, both: bool = False) -> Any:
+
+def found(
+    monkeypatch: pytest.MonkeyPatch,
+    providers: list[str],
+    *,
+    both: bool = False,
+    gpu: Gpu | None = L4,
+) -> Any:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("NVIDIA L4", 24 * 10**9, "8.9"))
+    monkeypatch.setattr(doctor, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "jetson_target", lambda: None)
     monkeypatch.setattr(doctor, "both_installed", lambda: both)
     return doctor.examine()
 
@@ -47,3 +56,25 @@ def test_a_listed_provider_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "onnxruntime-gpu" not in extra(examined)["missing"]
     monkeypatch.setattr(doctor, "require_working", lambda _: None)
     assert found(monkeypatch, [CUDA, CPU])["machine"]["GPU"].endswith("CUDA provider works")
+
+
+def test_what_a_gpu_multiplies_in_is_its_profile_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = found(monkeypatch, [CPU])["machine"]["GPU multiplies in"]
+    assert said == "fp32 fp16 bf16 fp8 int8 int4 (l4); weights of fewer bits are unpacked"
+    h100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 10**9, "9.0")
+    said = found(monkeypatch, [CPU], gpu=h100)["machine"]["GPU multiplies in"]
+    assert "int8" in said and "int4" not in said
+    unknown = Gpu("NVIDIA Test 1000", 8 * 10**9, "8.9")
+    machine = found(monkeypatch, [CPU], gpu=unknown)["machine"]
+    assert machine["GPU multiplies in"] == "no profile names it"
+    assert found(monkeypatch, [CPU], gpu=None)["machine"]["GPU multiplies in"] == "no GPU"
+
+
+def test_a_tensorrt_too_old_for_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    blackwell = Gpu("NVIDIA GeForce RTX 5090", 32 * 10**9, "12.0")
+    for version, says in (("10.7.0.23", "needs 10.8 or later"), (None, "(this GPU needs 10.8")):
+        monkeypatch.setattr(doctor, "available", lambda version=version: version)
+        assert says in found(monkeypatch, [CPU], gpu=blackwell)["machine"]["TensorRT"]
+    monkeypatch.setattr(doctor, "available", lambda: "10.8.0.43")
+    machine = found(monkeypatch, [CPU], gpu=blackwell)["machine"]
+    assert machine["TensorRT"] == "10.8.0.43; engines: not run on hardware so far"

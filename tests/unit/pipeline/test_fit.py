@@ -30,6 +30,7 @@ from exporter.quantizers.packing import packed_bytes
 from exporter.quantizers.plan import fit_block
 from exporter.quantizers.schemes import SCHEMES, find_scheme
 from tests.unit.test_profiles import nested
+from tools.write_fit import CONVOLUTIONAL
 
 FINEST_FIRST = ("fp16", "int8", "int4-rtn", "int4-rtn-small")
 NANO = "jetson-orin-nano-8gb"
@@ -180,7 +181,8 @@ def test_memory_grows_with_context_and_batch_and_shrinks_with_bits(target):
     longer = fits("qwen2-vl-2b-instruct", target, context=8192)
     item = 4 if target.startswith("cpu") else 2
     grown = 2 * 28 * 2 * 128 * (8192 - few[0].load.context) * item
-    assert longer[0].needed - few[0].needed == grown
+    assert longer[0].least - few[0].least == grown
+    assert (longer[0].needed - few[0].needed > grown) == (item == 2)
     double = fits("qwen2-vl-2b-instruct", target, batch=2)
     assert double[0].needed > few[0].needed
 
@@ -240,21 +242,8 @@ def test_opening_a_graph_counts_where_running_takes_less():
     assert INLINE_LIMIT == writer.INLINE_LIMIT
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme", "measured"),
-    [
-        ("medfilip", "int8", 426),
-        ("medfilip", "fp16", 511),
-        ("cris", "int8", 680),
-        ("cris", "fp16", 889),
-        ("cnn-transformer", "int8", 265),
-        ("cnn-transformer", "fp16", 470),
-    ],
-)
+@pytest.mark.parametrize(("name", "scheme", "measured"), CONVOLUTIONAL)
 def test_memory_of_convolutional_models_is_near_the_measured(name, scheme, measured):
-    """Peak resident MB of random weights in onnxruntime 1.31 on x86-64 with AVX2, one thread: one image,
-    one text of full length or eight tokens, a tokenizer of the published size.
-    """
     profile = find_model(name)
     found = predict(profile, shape_of(profile), find_scheme(scheme), find_target("cpu-avx2"))
     assert found.needed / 1e6 == pytest.approx(measured, rel=0.15)
@@ -332,4 +321,8 @@ def test_every_scheme_can_be_predicted(name):
     profile = find_model("smolvlm-500m")
     fit = predict(profile, shape_of(profile), find_scheme(name), find_target("l4"))
     assert 0 < fit.weight_bytes < fit.needed
+    if name == "int8-static":
+        assert fit.verdict == "CPU only"
+        assert fit.limit is None
+        return
     assert fit.limit.tokens_per_s >= fit.likely.tokens_per_s > 0

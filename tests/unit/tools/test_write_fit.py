@@ -21,6 +21,36 @@ def test_every_model_and_target_is_on_the_page():
         assert rows >= len(SCHEMES)
 
 
+def test_measured_speeds_stay_within_the_bound_and_near_the_likely():
+    rows = re.findall(
+        r"^\| (\S+) \| ([\d.]+) \(>= ([\d.]+)\) \| ([\d.]+) \| \S+ \| ([\d.]+) \(>= ([\d.]+)\) \| "
+        r"([\d.]+) \|",
+        render(),
+        re.MULTILINE,
+    )
+    assert len(rows) == 4
+    for model, *figures in rows:
+        first, least, seen, token, fastest, written = map(float, figures)
+        assert least < seen, model
+        assert fastest < written, model
+        assert 0.75 < first / seen < 1.25, model
+        assert 0.75 < token / written < 1.25, model
+
+
+def test_predicted_memory_is_near_the_measured():
+    rows = re.findall(r"^\| (\S+) \| \S+ \| (\d+) \| (\d+) \| \S+% \|", render(), re.MULTILINE)
+    assert len(rows) == 9 + 6 + 4
+    for model, predicted, measured in rows:
+        assert abs(int(predicted) / int(measured) - 1) < 0.15, model
+
+
+def test_a_model_for_processors_has_no_figure_for_a_gpu():
+    row = next(line for line in render().splitlines() if line.startswith("| bio-clinicalbert "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4:] == ["CPU"] * (len(target_profiles()) - 3)
+    assert all(float(cell) for cell in cells[1:4])
+
+
 def test_a_model_too_large_is_marked_and_by_how_much():
     header, rows = None, {}
     for line in render().split("## fp16")[1].split("## int8")[0].splitlines():
