@@ -61,6 +61,7 @@ def test_a_budget_needs_the_mixed_scheme(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_build_keeps_what_it_measured(tmp_path: Path) -> None:
     request = demo_request(
         tmp_path, scheme="mixed", max_size="0.36", calibration_samples=12, limit=4
@@ -87,6 +88,7 @@ def test_a_build_keeps_what_it_measured(tmp_path: Path) -> None:
     assert 0 < allocation["measured_kl"] < 100 * row.distribution.kl_mean
 
 
+@pytest.mark.slow
 def test_quantize_alone(tmp_path: Path) -> None:
     source = data_root("profiles") / "demo" / "model"
     out = tmp_path / "quantized"
