@@ -59,10 +59,10 @@ format: venv
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(QUIET_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: lint
-	$(QUIET_THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or not slow" $(PYTEST_ARGS)
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" $(PYTEST_ARGS)
 
 bench: venv
 	mkdir -p build/bench
