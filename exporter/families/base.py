@@ -54,6 +54,21 @@ class TensorSpec:
     turned: bool = False
 
 
+def gated_block_shapes(
+    hidden: int, inner: int, queries: int, keys: int
+) -> dict[str, tuple[int, int]]:
+    """Shape of each matrix of a block with a gated MLP, in the order of use, by its name within it."""
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
 def norm_tensors(name: str, size: int) -> Iterator[TensorSpec]:
     """Weight and bias of a layer norm called `name`."""
     yield TensorSpec(name + ".weight", (size,), reason=NORM)
@@ -145,17 +160,8 @@ class DecoderSpec:
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix of a block by its name within the block, in the order of use."""
-        hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        return gated_block_shapes(self.hidden_size, self.intermediate_size, queries, keys)
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor it has: the embedding first, the head (unless tied) last."""

@@ -7,7 +7,7 @@ compute: (padding to a square,) resizing, a crop from the middle, normalisation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,13 @@ def read_clip_settings(raw: Mapping[str, Any], where: str) -> ClipImageSettings:
             f"{where}: bad image settings ({type(error).__name__}: {error}); expected those of a CLIP "
             "image processor"
         ) from error
+
+
+def clip_feed(
+    images: Sequence[Image.Image], settings: ClipImageSettings
+) -> dict[str, NDArray[Any]]:
+    """``pixel_values`` float32 ``[images, 3, height, width]``; see `clip_pixels`."""
+    return {"pixel_values": np.stack([clip_pixels(image, settings) for image in images])}
 
 
 def clip_pixels(image: Image.Image, settings: ClipImageSettings) -> NDArray[np.float32]:

@@ -12,7 +12,9 @@ from tokenizers import Encoding, Tokenizer
 
 from exporter.core.errors import InputRefused
 from exporter.families.base import Feed
+from exporter.families.config import count
 from exporter.families.prompts.textfiles import read_optional, read_tokenizer
+from exporter.families.specs.bert import BertSpec
 
 # What the tokenizer writes around one text: [CLS] and [SEP].
 AROUND = 2
@@ -91,6 +93,14 @@ def read_bert_texts(
     own = declared if type(declared) is int and declared > AROUND else max_tokens
     tokenizer.enable_truncation(min(max_tokens, own))
     return BertTexts(tokenizer, pad_id, types, labels)
+
+
+def read_matched_texts(folder: Path, text: Mapping[str, Any], bert: BertSpec) -> BertTexts:
+    """`read_bert_texts` for the text half of a model that matches: without kinds of token, cut at the
+    ``context_length`` of its part `text` of config.json. Raises `InputRefused`.
+    """
+    length = count(text, "context_length", bert.max_positions, "text_config")
+    return read_bert_texts(folder, bert.vocab_size, min(length, bert.max_positions), types=False)
 
 
 def read_labels(config: Mapping[str, Any], count: int) -> tuple[str, ...]:

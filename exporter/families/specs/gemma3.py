@@ -19,6 +19,7 @@ from exporter.families.base import (
     TensorSpec,
     VitSpec,
     block_tensors,
+    gated_block_shapes,
     norm_tensors,
 )
 from exporter.families.config import choice, count, flag, positive, section
@@ -93,17 +94,8 @@ class Gemma3Decoder:
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape of each matrix of a block by its name within the block, in the order of use."""
-        hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        return gated_block_shapes(self.hidden_size, self.intermediate_size, queries, keys)
 
     def norm_sizes(self) -> dict[str, int]:
         """Size of each norm of a block by its name within the block."""

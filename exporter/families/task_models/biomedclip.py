@@ -22,7 +22,7 @@ from exporter.families.layouts.biomedclip import (
 )
 from exporter.families.layouts.names import Layout, NameMap
 from exporter.families.layouts.published import PublishedLayout
-from exporter.families.prompts.bert import read_bert_texts
+from exporter.families.prompts.bert import read_matched_texts
 from exporter.families.prompts.matching import BertMatchingPreparer
 from exporter.families.prompts.textfiles import read_image_settings
 from exporter.families.shapes.text import open_clip
@@ -112,10 +112,7 @@ def open_preparer(model_dir: Path) -> BertMatchingPreparer:
     """Tokenizer and image settings of a model folder. Raises `InputRefused`."""
     config = biomedclip_config(read_config(model_dir / "config.json"))
     bert = text_spec(config).bert
-    length = count(config["text_config"], "context_length", bert.max_positions, "text_config")
-    tokens = read_bert_texts(
-        model_dir, bert.vocab_size, min(length, bert.max_positions), types=False
-    )
+    tokens = read_matched_texts(model_dir, config["text_config"], bert)
     side = image_spec(config).tower.image_size
     images = read_open_clip_images(*read_image_settings(model_dir), side)
     return BertMatchingPreparer(TEMPLATE, images.pixels, tokens)

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL.Image import Image
 
 from exporter.catalog.schema import Value
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.config import count
-from exporter.families.images.clip import ClipImageSettings, clip_pixels
+from exporter.families.images.clip import ClipImageSettings, clip_feed
 from exporter.families.images.vit import read_vit_settings
 from exporter.families.layouts.names import Layout, NameMap
 from exporter.families.layouts.published import PublishedLayout
-from exporter.families.prompts.bert import BertTexts, read_bert_texts
+from exporter.families.prompts.bert import BertTexts, read_matched_texts
 from exporter.families.prompts.textfiles import read_image_settings
 from exporter.families.shapes.text import biomedclipseg
 from exporter.families.specs.biomedclipseg import (
@@ -104,7 +102,7 @@ class BiomedSegPreparer:
 
     def images(self, images: Sequence[Image]) -> Feed:
         """``pixel_values`` float32 ``[images, 3, side, side]``: resized without keeping their shape."""
-        return {"pixel_values": np.stack([clip_pixels(image, self.settings) for image in images])}
+        return clip_feed(images, self.settings)
 
     def texts(self, texts: Sequence[str]) -> Feed:
         """``input_ids`` and ``attention_mask`` int64 ``[texts, length]``, padded to the longest; longer
@@ -124,10 +122,7 @@ def open_preparer(model_dir: Path) -> BiomedSegPreparer:
             f"width), config.json's tower takes squares of {side}"
         )
     bert = text_spec(config).bert
-    limit = count(config["text_config"], "context_length", bert.max_positions, "text_config")
-    tokens = read_bert_texts(
-        model_dir, bert.vocab_size, min(limit, bert.max_positions), types=False
-    )
+    tokens = read_matched_texts(model_dir, config["text_config"], bert)
     return BiomedSegPreparer(settings, tokens)
 
 

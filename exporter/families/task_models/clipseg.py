@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL.Image import Image
 
 from exporter.catalog.schema import Value
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.images.clip import ClipImageSettings, clip_pixels
+from exporter.families.images.clip import ClipImageSettings, clip_feed
 from exporter.families.images.vit import read_vit_settings
 from exporter.families.layouts.names import Layout
 from exporter.families.layouts.published import PublishedLayout
@@ -80,7 +79,7 @@ class ClipSegPreparer:
 
     def images(self, images: Sequence[Image]) -> Feed:
         """``pixel_values`` float32 ``[images, 3, side, side]``: resized without keeping their shape."""
-        return {"pixel_values": np.stack([clip_pixels(image, self.settings) for image in images])}
+        return clip_feed(images, self.settings)
 
     def texts(self, texts: Sequence[str]) -> Feed:
         """``input_ids`` and ``attention_mask`` int64 ``[texts, length]``, padded to the longest; longer

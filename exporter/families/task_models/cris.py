@@ -14,7 +14,7 @@ from exporter.catalog.schema import Value
 from exporter.core.errors import InputRefused
 from exporter.core.modelfiles import read_config
 from exporter.families.base import Feed
-from exporter.families.images.clip import ClipImageSettings, clip_pixels
+from exporter.families.images.clip import ClipImageSettings, clip_feed
 from exporter.families.images.vit import read_vit_settings
 from exporter.families.layouts.names import Layout, NameMap
 from exporter.families.layouts.published import PublishedLayout
@@ -99,7 +99,7 @@ class CrisPreparer:
 
     def images(self, images: Sequence[Image]) -> Feed:
         """``pixel_values`` float32 ``[images, 3, side, side]``: resized without keeping their shape."""
-        return {"pixel_values": np.stack([clip_pixels(image, self.settings) for image in images])}
+        return clip_feed(images, self.settings)
 
     def texts(self, texts: Sequence[str]) -> Feed:
         """``input_ids`` int64 ``[texts, word_len]``: padded, or cut before their end token."""
